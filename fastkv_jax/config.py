@@ -1,0 +1,224 @@
+"""What a checkpoint says about its model: `LlamaConfig`, read from Hugging Face's config.json."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastkv_jax.errors import CheckpointError
+
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MinistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Frequency scaling of Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, a ramp between."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: its base, and how the frequencies derived from it are changed.
+
+    `scaling` is None, the rule of Llama 3.1, or one divisor per frequency (as GGUF files store it), D/2 of them.
+    """
+
+    theta: float
+    scaling: Llama3Scaling | tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The numbers of one Llama-family model. All come from its checkpoint, so none has a default."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    qk_norm: bool
+    sliding_window: int | None
+    stop_tokens: tuple[int, ...]
+    pad_token: int | None
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head (G)."""
+        return self.num_heads // self.num_kv_heads
+
+
+def from_hugging_face(
+    config: Mapping[str, Any], generation: Mapping[str, Any] | None = None, *, source: str = "config.json"
+) -> LlamaConfig:
+    """Translate config.json (and generation_config.json) into a `LlamaConfig`.
+
+    Accepts the spellings of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`).
+    Keys that old Llama files leave out follow transformers' documented defaults; anything else missing is an error.
+
+    Raises `CheckpointError` naming `source`, the field and its value.
+    """
+    architecture = _architecture(config, source)
+    if config.get("quantization_config") is not None:
+        method = dict(config["quantization_config"]).get("quant_method", "unknown")
+        raise CheckpointError(
+            f"{source}: quantization_config ({method}) is not supported; use an unquantised checkpoint"
+        )
+    if config.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"{source}: hidden_act {config['hidden_act']!r} is not supported; supported: 'silu'")
+    if config.get("mlp_bias"):
+        raise CheckpointError(f"{source}: mlp_bias true is not supported")
+
+    heads = _integer(config, "num_attention_heads", source)
+    kv_heads = _integer(config, "num_key_value_heads", source, default=heads)
+    hidden = _integer(config, "hidden_size", source)
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"{source}: num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})"
+        )
+    if config.get("head_dim") is None and hidden % heads:
+        raise CheckpointError(
+            f"{source}: hidden_size ({hidden}) is not a multiple of num_attention_heads ({heads}), and head_dim is absent"
+        )
+    head_dim = _integer(config, "head_dim", source, default=hidden // heads)
+    if head_dim % 2:
+        raise CheckpointError(f"{source}: head_dim ({head_dim}) must be even for rotary embedding")
+    layers = _integer(config, "num_hidden_layers", source)
+    bias = _boolean(config, "attention_bias", source, default=False)
+    vocabulary = _integer(config, "vocab_size", source)
+    generation = generation or {}
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=_integer(config, "intermediate_size", source),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=_number(config, "rms_norm_eps", source),
+        rope=_rope(config, source),
+        max_position_embeddings=_integer(config, "max_position_embeddings", source),
+        tie_word_embeddings=_boolean(config, "tie_word_embeddings", source, default=False),
+        qkv_bias=bias or architecture == "Qwen2ForCausalLM",
+        output_bias=bias and architecture != "Qwen2ForCausalLM",
+        qk_norm=architecture == "Qwen3ForCausalLM",
+        sliding_window=_sliding_window(config, architecture, layers, source),
+        stop_tokens=_token_ids(generation, config, "eos_token_id", source),
+        pad_token=(_token_ids(generation, config, "pad_token_id", source) or (None,))[0],
+    )
+
+
+def _architecture(config: Mapping[str, Any], source: str) -> str:
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else names
+    if name not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{source}: unsupported architecture {name!r}; supported: {', '.join(ARCHITECTURES)}"
+        )
+    return name
+
+
+def _sliding_window(config: Mapping[str, Any], architecture: str, layers: int, source: str) -> int | None:
+    """The window if any layer uses one. Qwen writes the number down even when `use_sliding_window` is false."""
+    if config.get("sliding_window") is None:
+        return None
+    if architecture.startswith("Qwen"):
+        if not _boolean(config, "use_sliding_window", source, default=False):
+            return None
+        if _integer(config, "max_window_layers", source, default=layers) >= layers:
+            return None
+    types = config.get("layer_types")
+    if isinstance(types, list) and "sliding_attention" not in types:
+        return None
+    return _integer(config, "sliding_window", source)
+
+
+def _rope(config: Mapping[str, Any], source: str) -> RopeConfig:
+    new, old = config.get("rope_parameters"), config.get("rope_scaling")
+    if new is not None and old is not None:
+        raise CheckpointError(f"{source}: rope_parameters and rope_scaling are both present; keep one")
+    field = "rope_parameters" if new is not None else "rope_scaling"
+    rope = new if new is not None else old if old is not None else {}
+    if not isinstance(rope, Mapping):
+        raise CheckpointError(f"{source}: {field} must be an object, found {rope!r}")
+    theta_owner = rope if "rope_theta" in rope else config
+    theta = _number(theta_owner, "rope_theta", source, default=10000.0)
+    for owner in (rope, config):
+        if owner.get("partial_rotary_factor", 1.0) != 1.0:
+            raise CheckpointError(f"{source}: partial_rotary_factor {owner['partial_rotary_factor']} is not supported")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return RopeConfig(theta, None)
+    if kind != "llama3":
+        raise CheckpointError(f"{source}: unsupported rope_type {kind!r} in {field}; supported: 'default', 'llama3'")
+    return RopeConfig(
+        theta,
+        Llama3Scaling(
+            factor=_number(rope, "factor", source),
+            low_freq_factor=_number(rope, "low_freq_factor", source),
+            high_freq_factor=_number(rope, "high_freq_factor", source),
+            original_max_position_embeddings=_integer(rope, "original_max_position_embeddings", source),
+        ),
+    )
+
+
+def _token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], field: str, source: str) -> tuple[int, ...]:
+    """Ids from generation_config.json, else config.json; one id or a list (Llama 3 has several stop tokens)."""
+    value = generation.get(field)
+    value = config.get(field) if value is None else value
+    if value is None:
+        return ()
+    ids = tuple(value) if isinstance(value, list) else (value,)
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise CheckpointError(f"{source}: {field} must be a token id or a list of them, found {value!r}")
+    return ids
+
+
+_ABSENT = object()
+
+
+def _lookup(config: Mapping[str, Any], field: str, source: str, default: Any) -> Any:
+    value = config.get(field)
+    if value is not None:
+        return value
+    if default is _ABSENT:
+        raise CheckpointError(f"{source}: field {field!r} is missing")
+    return default
+
+
+def _integer(config: Mapping[str, Any], field: str, source: str, default: Any = _ABSENT) -> int:
+    value = _lookup(config, field, source, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"{source}: {field} must be a positive integer, found {value!r}")
+    return value
+
+
+def _number(config: Mapping[str, Any], field: str, source: str, default: Any = _ABSENT) -> float:
+    value = _lookup(config, field, source, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        raise CheckpointError(f"{source}: {field} must be a positive number, found {value!r}")
+    return float(value)
+
+
+def _boolean(config: Mapping[str, Any], field: str, source: str, default: Any = _ABSENT) -> bool:
+    value = _lookup(config, field, source, default)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{source}: {field} must be true or false, found {value!r}")
+    return value
