@@ -1,0 +1,32 @@
+"""FastKV in JAX: long prompts through Llama-family models, on TPU and GPU.
+
+Letters in shapes: B batch, T prompt columns, S columns after propagation, L layers, H query heads, K KV heads,
+G = H/K, N cache heads (K, or H where a published method caches per query head), D head dim, E hidden, F MLP,
+V vocabulary, C capacity, M new tokens, W window. Arrays are laid out [B, heads, tokens, D].
+"""
+
+from fastkv_jax.buckets import pad_batch
+from fastkv_jax.config import LlamaConfig
+from fastkv_jax.errors import BackendError, CheckpointError, FastKVConfigError, InputError
+from fastkv_jax.inference import decode_step, generate, prefill
+from fastkv_jax.methods import METHODS, FastKV, FullKV
+from fastkv_jax.sampling import Greedy, Sample
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "BackendError",
+    "CheckpointError",
+    "FastKV",
+    "FastKVConfigError",
+    "FullKV",
+    "Greedy",
+    "InputError",
+    "LlamaConfig",
+    "Sample",
+    "decode_step",
+    "generate",
+    "pad_batch",
+    "prefill",
+]

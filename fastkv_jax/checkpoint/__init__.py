@@ -1,0 +1,155 @@
+"""Model files: `resolve` finds out what a source is, `inspect` reads its config, `load_model` its weights.
+
+Only local files are opened; nothing a model folder contains is executed.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from fastkv_jax import sharding
+from fastkv_jax.checkpoint import gguf, hugging_face, known_models, orbax
+from fastkv_jax.config import LlamaConfig
+from fastkv_jax.errors import CheckpointError, FastKVConfigError
+from fastkv_jax.model import Llama
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a source turned out to be: its kind ("hugging_face", "gguf" or "orbax"), where it is, what to call it."""
+
+    kind: str
+    path: epath.Path
+    name: str
+
+
+def resolve(source: str | os.PathLike[str], *, progress: bool = False) -> Resolved:
+    """Find a model: a folder (Hugging Face or ours), a .gguf file, a known name, or a Hub id, in this order.
+
+    Known names and Hub ids are downloaded if they are not in the cache; `progress` shows that on stderr.
+    Raises `CheckpointError` for anything else.
+    """
+    text = os.fspath(source)
+    path = epath.Path(text)
+    if not text or "\0" in text:
+        raise CheckpointError(f"model {text!r} is not a path or name; {_allowed()}")
+    if path.is_dir():
+        return _resolve_folder(path)
+    if path.is_file():
+        return _resolve_file(path)
+    if text in known_models.names():
+        return Resolved("gguf", epath.Path(known_models.fetch(text, quiet=not progress)), text)
+    if _HUB_ID.fullmatch(text) and not text.endswith((".gguf", ".safetensors")):
+        return Resolved("hugging_face", epath.Path(_download(text, progress)), text)
+    raise CheckpointError(f"model {text!r}: no such file or folder; {_allowed()}")
+
+
+def inspect(source: str | os.PathLike[str] | Resolved) -> LlamaConfig:
+    """The config of a model, after all checks that need no weights."""
+    found = source if isinstance(source, Resolved) else resolve(source)
+    match found.kind:
+        case "gguf":
+            return gguf.inspect(Path(found.path))
+        case "orbax":
+            return orbax.inspect(found.path)
+        case _:
+            return hugging_face.inspect(Path(found.path))
+
+
+def load_model(
+    source: str | os.PathLike[str] | Resolved,
+    dtype: Any = "bfloat16",
+    mesh: Mesh | None = None,
+    *,
+    check_weights: bool = False,
+    progress: bool = False,
+) -> Llama:
+    """Load a model's weights in `dtype`, spread over `mesh` if there is one; needs no tokenizer.
+
+    `check_weights` looks for NaN and infinity, `progress` draws a bar on stderr.
+    Raises `FastKVConfigError` for a dtype or mesh that cannot work, `CheckpointError` for files that cannot.
+    """
+    dtype = parse_dtype(dtype)
+    found = source if isinstance(source, Resolved) else resolve(source, progress=progress)
+    if mesh is not None:
+        mesh = sharding.automatic(mesh)
+        sharding.check_mesh(mesh, inspect(found))
+    options = {"check_weights": check_weights, "progress": progress}
+    match found.kind:
+        case "gguf":
+            return gguf.load(Path(found.path), dtype, mesh, **options)
+        case "orbax":
+            return orbax.load(found.path, dtype, mesh, **options)
+        case _:
+            return hugging_face.load(Path(found.path), dtype, mesh, **options)
+
+
+def parse_dtype(dtype: Any) -> np.dtype:
+    """One of the three dtypes, from its name or a JAX or NumPy dtype; else `FastKVConfigError`."""
+    try:
+        parsed = np.dtype(DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype)
+    except TypeError:
+        parsed = None
+    if dtype is None or parsed is None or parsed.name not in DTYPES:
+        raise FastKVConfigError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
+    return parsed
+
+
+def _allowed() -> str:
+    return (
+        "allowed: a model folder, a .gguf file, a Hub id such as org/name,"
+        f" or a known name ({', '.join(known_models.names())})"
+    )
+
+
+def _resolve_folder(path: epath.Path) -> Resolved:
+    name = path.name or path.resolve().name
+    if orbax.is_ours(path):
+        return Resolved("orbax", path, name)
+    if "://" in os.fspath(path):
+        raise CheckpointError(f"{path}: only converted checkpoints are read from remote storage; copy the folder first")
+    if (path / "config.json").exists() or any(entry.suffix == ".safetensors" for entry in path.iterdir()):
+        return Resolved("hugging_face", path, name)
+    ggufs = sorted(entry.name for entry in path.iterdir() if entry.suffix == ".gguf")
+    hint = f"it holds {ggufs[0]}: pass that file's path" if ggufs else _allowed()
+    raise CheckpointError(f"{path} is a folder without config.json, so not a model; {hint}")
+
+
+def _resolve_file(path: epath.Path) -> Resolved:
+    with path.open("rb") as stream:
+        magic = stream.read(4)
+    if path.suffix == ".gguf" or magic == b"GGUF":
+        return Resolved("gguf", path, path.stem)
+    if path.suffix == ".safetensors":
+        raise CheckpointError(f"{path} is one weights file; pass the folder that holds it and its config.json")
+    raise CheckpointError(f"{path} is not a model file (it starts with {magic!r}); {_allowed()}")
+
+
+def _download(name: str, progress: bool) -> str:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any):
+            kwargs.pop("name", None)
+            super().__init__(*args, **(kwargs | {"disable": not progress}))
+
+    # Mistral repositories hold the weights a second time, as consolidated*.safetensors; subfolders are other formats.
+    skipped = ["*/*", "consolidated*"]
+    try:
+        return snapshot_download(name, allow_patterns=list(HUB_PATTERNS), ignore_patterns=skipped, tqdm_class=Bar)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"cannot get {name!r} from the Hugging Face Hub: {cause[:300]}; {_allowed()}") from error

@@ -1,0 +1,350 @@
+"""Prefill, decode, generate. One program for every method: it knows a plan and scores, never a name.
+
+    tokens -> [layers of stage 0] -> choose rows -> [layers of stage 1] -> ... -> logits of the last token
+                  |                                    |
+                  keep entries                         keep entries        -> cache -> decode, decode, ...
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from fastkv_jax import inputs, rope
+from fastkv_jax.attention import Platform, attention
+from fastkv_jax.buckets import TILE
+from fastkv_jax.cache import KVCache, SegmentKV, empty_buffer
+from fastkv_jax.errors import CheckpointError, InputError
+from fastkv_jax.methods.base import Method, Rows, Stage, static_plan
+from fastkv_jax.model import Llama
+from fastkv_jax.sampling import Greedy, Sampler
+from fastkv_jax.select import choose
+from kernels_pallas import decode_attention
+
+CHUNK = 8  # decode steps per call of the compiled loop: what a stream shows at once
+
+
+@struct.dataclass
+class Prefill:
+    """What a prompt leaves behind."""
+
+    logits: Float[Array, "B V"]  # of each row's last token, float32
+    cache: KVCache
+    propagated: Int[Array, "B S"] | None  # prompt positions that passed the last TSP layer, -1 = empty; None without one
+
+
+@struct.dataclass
+class Generated:
+    """Tokens chosen for each row; after a stop token (which is counted) come pad ids."""
+
+    tokens: Int[Array, "B M"]
+    lengths: Int[Array, " B"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prefill
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def prefill(
+    model: Llama,
+    tokens: Any,
+    start: Any = None,
+    *,
+    method: Method,
+    max_new_tokens: int,
+    window_end: Any = 0,
+    platform: Platform | None = None,
+) -> Prefill:
+    """Read a batch of left-padded prompts: logits of their last tokens, and a cache of what the method keeps.
+
+    tokens          [B, T] int32, rows right-aligned; start [B] the first valid column, 0 if None
+    max_new_tokens  room for decoded tokens in the cache; 0 is allowed
+    window_end      tokens after the end of the question (a chat template's tail), one number or [B]: the observation
+                    window ends before them, and they are always kept
+    platform        "cpu", "gpu" or "tpu"; None: where the weights are
+
+    Compiles once per (method, T, B, max_new_tokens). NumPy arrays and lists are checked here (`InputError`,
+    `FastKVConfigError`), traced arrays are not: budgets are looked up by traced length, exact in either case.
+    """
+    config = model.config
+    method.check(config.num_layers)
+    tokens, start, window_end = inputs.check_batch(tokens, start, window_end, config, max_new_tokens)
+    return _prefill(
+        model,
+        tokens,
+        start,
+        window_end,
+        method=method,
+        max_new_tokens=max_new_tokens,
+        tail=inputs.static_tail(window_end),
+        platform=platform or platform_of(model),
+    )
+
+
+def platform_of(model: Llama) -> Platform:
+    """Where the model's weights live; where jax would put them if they are traced."""
+    weights = model.norm[...]
+    name = jax.default_backend() if isinstance(weights, jax.core.Tracer) else next(iter(weights.devices())).platform
+    return "gpu" if name in ("gpu", "cuda", "rocm") else "tpu" if name == "tpu" else "cpu"
+
+
+@partial(jax.jit, static_argnames=("method", "max_new_tokens", "tail", "platform"))
+def _prefill(
+    model: Llama,
+    tokens: Int[Array, "B T"],
+    start: Int[Array, " B"],
+    window_end: Int[Array, " B"],
+    *,
+    method: Method,
+    max_new_tokens: int,
+    tail: int,
+    platform: Platform,
+) -> Prefill:
+    batch, columns = tokens.shape
+    n = columns - start
+    protected = method.window_size + window_end if method.window_size else jnp.zeros_like(window_end)
+    stages = static_plan(method, model.config.num_layers, columns, tail, TILE)
+
+    x = model.embed(tokens)
+    rows = Rows(jnp.where(n[:, None] > columns - 1 - jnp.arange(columns), jnp.arange(columns) - start[:, None], -1),
+                start, columns - window_end)
+    token_scores = jnp.zeros(rows.positions.shape)
+    budget, propagated, segments = n, None, []
+    for stage in stages:
+        if stage.propagates:
+            budget = jnp.minimum(n, jnp.maximum(jnp.asarray(stage.tokens)[n], protected))
+            x, rows = _propagate(x, rows, token_scores, budget, stage.width)
+            propagated = rows.positions
+        kept = jnp.minimum(budget, jnp.maximum(jnp.asarray(stage.kept)[n], protected))
+        if stage.first == stage.stop:  # the published code allows TSP after the last layer
+            continue
+        x, token_scores, segment = _run_layers(model, x, rows, stage, kept, method, platform)
+        segments.append(segment)
+
+    buffer = partial(empty_buffer, model.config.num_layers, batch, model.config.num_kv_heads, max_new_tokens,
+                     model.config.head_dim, x.dtype)
+    cache = KVCache(tuple(segments), buffer(), buffer(), jnp.zeros((), jnp.int32), n)
+    return Prefill(model.logits(x[:, -1]), cache, propagated)
+
+
+def _propagate(x, rows: Rows, token_scores, budget, width: int):
+    """Token-selective propagation: the best `budget` rows go on, in the order of the text."""
+    chosen = choose(token_scores, budget, width)
+    tail = rows.positions.shape[1] - rows.stop
+    return chosen.take(x, 0), Rows(chosen.take(rows.positions, -1), width - budget, width - tail)
+
+
+def _run_layers(model: Llama, x, rows: Rows, stage: Stage, kept, method: Method, platform: Platform):
+    """The layers of one stage: (hidden rows, token scores of the last layer, what each layer kept)."""
+    cos, sin = rope.angles(model.config.rope, model.config.head_dim, jnp.maximum(rows.positions, 0))
+
+    def layer(carry, index):
+        x, _ = carry
+        block = model.layer(index)
+        q, k, v = block.qkv(x, cos, sin)
+        with jax.named_scope("attention"):
+            x = block.output(x, attention(q, k, v, rows.start, platform=platform, mesh=model.mesh))
+        with jax.named_scope("compress"):
+            scores = method.scores(q, k, v, rows)
+            entries = _keep(k, v, rows, scores.kv, kept, stage)
+        return (x, scores.tokens), entries
+
+    nothing = jnp.zeros(rows.positions.shape, jnp.float32)
+    (x, token_scores), segment = lax.scan(layer, (x, nothing), jnp.arange(stage.first, stage.stop))
+    return x, token_scores, segment
+
+
+def _keep(k, v, rows: Rows, kv_scores, kept, stage: Stage) -> SegmentKV:
+    """The `kept` best entries of each cache head."""
+    heads = kv_scores.shape[1]
+    positions = jnp.broadcast_to(rows.positions[:, None], (k.shape[0], heads, k.shape[2]))
+    k, v = (jnp.repeat(a, heads // a.shape[1], axis=1) for a in (k, v))  # a cache per query head, where published so
+    if not stage.compresses:
+        return SegmentKV(k, v, positions)
+    chosen = choose(kv_scores, kept[:, None], stage.capacity)
+    return SegmentKV(chosen.take(k, 0), chosen.take(v, 0), chosen.take(positions, -1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decode
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def decode_step(model: Llama, token: Any, cache: KVCache) -> tuple[Float[Array, "B V"], KVCache]:
+    """Feed one token [B] per row: the logits that follow it, and the cache with its entries. The cache is donated.
+
+    Raises `InputError` when the cache has no room left, never a clamped write (a traced cache is not checked).
+    """
+    if not isinstance(cache.used, jax.core.Tracer) and int(cache.used) >= cache.max_new_tokens:
+        slots = max(segment.k.shape[3] for segment in cache.segments) + cache.max_new_tokens
+        raise InputError(f"cache is full ({slots}/{slots}): it has room for max_new_tokens={cache.max_new_tokens}")
+    return _decode_jit(model, jnp.asarray(token, jnp.int32), cache)
+
+
+def _decode(model: Llama, token: Int[Array, " B"], cache: KVCache) -> tuple[Float[Array, "B V"], KVCache]:
+    x = model.embed(token[:, None])
+    cos, sin = rope.angles(model.config.rope, model.config.head_dim, cache.position[:, None])
+
+    def layer(carry, inputs):
+        x, k_new, v_new = carry
+        index, entries = inputs
+        block = model.layer(index)
+        q, k, v = block.qkv(x, cos, sin)
+        k_new, v_new = (
+            lax.dynamic_update_slice(buffer, a[None], (index, 0, 0, cache.used, 0)) for buffer, a in ((k_new, k), (v_new, v))
+        )
+        mine = (lax.dynamic_index_in_dim(buffer, index, keepdims=False) for buffer in (k_new, v_new))
+        out = decode_attention(q[:, :, 0], entries.k, entries.v, entries.positions, *mine, cache.used + 1)
+        return (block.output(x, out[:, :, None]), k_new, v_new), None
+
+    carry, first = (x, cache.k_new, cache.v_new), 0
+    for segment in cache.segments:
+        layers = jnp.arange(first, first + segment.k.shape[0])
+        carry, _ = lax.scan(layer, carry, (layers, segment))
+        first += segment.k.shape[0]
+    x, k_new, v_new = carry
+    cache = cache.replace(k_new=k_new, v_new=v_new, used=cache.used + 1, position=cache.position + 1)
+    return model.logits(x[:, 0]), cache
+
+
+_decode_jit = jax.jit(_decode, donate_argnames=("cache",))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generate
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@struct.dataclass
+class _Loop:
+    """Where the decode loop stands after `count` tokens."""
+
+    token: Int[Array, " B"]  # the last one of each row
+    done: Bool[Array, " B"]  # rows that met a stop token
+    finite: Bool[Array, ""]  # no NaN or infinity among the logits so far
+    count: Int[Array, ""]
+    key: Key[Array, ""]
+    new: tuple[Array, Array, Array, Array]  # the parts of the cache that change: k_new, v_new, used, position
+
+
+@partial(jax.jit, static_argnames=("sampler", "stop_tokens"))
+def _first_token(logits, key, *, sampler: Sampler, stop_tokens: tuple[int, ...]):
+    key, now = jax.random.split(key)
+    token = sampler(logits, now)
+    return token, _is_stop(token, stop_tokens), jnp.isfinite(logits).all(), key
+
+
+@partial(jax.jit, static_argnames=("sampler", "stop_tokens", "pad_token"), donate_argnames=("loop",))
+def _decode_chunk(model, segments, loop: _Loop, limit, *, sampler, stop_tokens, pad_token):
+    """Up to CHUNK steps of decode and sample; steps after the end of all rows or of the limit do nothing."""
+
+    def step(loop: _Loop, _):
+        def go(loop: _Loop):
+            logits, cache = _decode(model, loop.token, KVCache(segments, *loop.new))
+            key, now = jax.random.split(loop.key)
+            token = jnp.where(loop.done, pad_token, sampler(logits, now))
+            finite = loop.finite & (jnp.isfinite(logits).all(axis=-1) | loop.done).all()
+            new = (cache.k_new, cache.v_new, cache.used, cache.position)
+            return _Loop(token, loop.done | _is_stop(token, stop_tokens), finite, loop.count + 1, key, new)
+
+        def rest(loop: _Loop):
+            return loop.replace(token=jnp.full_like(loop.token, pad_token))
+
+        loop = lax.cond(loop.done.all() | (loop.count >= limit), rest, go, loop)
+        return loop, loop.token
+
+    return lax.scan(step, loop, length=CHUNK)
+
+
+def _is_stop(token: Int[Array, " B"], stop_tokens: tuple[int, ...]) -> Bool[Array, " B"]:
+    return (token[:, None] == jnp.asarray(stop_tokens or (-1,), jnp.int32)).any(axis=-1)
+
+
+def decode_chunks(
+    model: Llama,
+    prompt: Prefill,
+    *,
+    max_new_tokens: int,
+    sampler: Sampler = Greedy(),  # noqa: B008 - a frozen value
+    stop_tokens: Sequence[int] | None = None,
+    key: Key[Array, ""] | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tokens as they are made: (tokens [B, c] int32, done [B]), the first token alone, then up to CHUNK at a time.
+
+    `prompt`'s cache is donated. Ends early when every row has met a stop token. Raises `InputError` if the cache has
+    no room, `CheckpointError` at the first logits that are not finite.
+    """
+    if max_new_tokens < 1:
+        return
+    if max_new_tokens > prompt.cache.max_new_tokens + 1:
+        raise InputError(f"max_new_tokens={max_new_tokens} > {prompt.cache.max_new_tokens}, the room in the cache")
+    if key is None:
+        if not isinstance(sampler, Greedy):
+            raise InputError(f"{type(sampler).__name__} needs key=jax.random.key(seed)")
+        key = jax.random.key(0)
+    config = model.config
+    stops = config.stop_tokens if stop_tokens is None else tuple(int(t) for t in stop_tokens)
+    pad = config.pad_token or 0
+
+    token, done, finite, key = _first_token(prompt.logits, key, sampler=sampler, stop_tokens=stops)
+    _check_finite(finite, 0)
+    yield np.asarray(token)[:, None], np.asarray(done)
+    cache = prompt.cache
+    new = (cache.k_new, cache.v_new, cache.used, cache.position)
+    loop = _Loop(token, done, finite, jnp.ones((), jnp.int32), key, new)
+    made = 1
+    while made < max_new_tokens and not np.asarray(loop.done).all():
+        loop, chunk = _decode_chunk(
+            model, cache.segments, loop, max_new_tokens, sampler=sampler, stop_tokens=stops, pad_token=pad
+        )
+        _check_finite(loop.finite, made)
+        count = int(loop.count) - made
+        made += count
+        yield np.asarray(chunk)[:count].T, np.asarray(loop.done)
+
+
+def _check_finite(finite: Bool[Array, ""], step: int) -> None:
+    if not finite:
+        raise CheckpointError(f"non-finite logits at step {step}; run with --check-weights (check_weights=True)")
+
+
+def generate(
+    model: Llama,
+    tokens: Any,
+    start: Any = None,
+    *,
+    method: Method,
+    max_new_tokens: int,
+    sampler: Sampler = Greedy(),  # noqa: B008 - a frozen value
+    stop_tokens: Sequence[int] | None = None,
+    key: Key[Array, ""] | None = None,
+    window_end: Any = 0,
+    platform: Platform | None = None,
+) -> Generated:
+    """Prefill, then decode until every row met a stop token or `max_new_tokens` are made; arguments as in `prefill`.
+
+    `stop_tokens` None means the checkpoint's own list, () none.
+    """
+    prompt = prefill(
+        model, tokens, start, method=method, max_new_tokens=max_new_tokens, window_end=window_end, platform=platform
+    )
+    batch = prompt.logits.shape[0]
+    out = np.full((batch, max_new_tokens), model.config.pad_token or 0, np.int32)
+    lengths, running, made = np.zeros(batch, np.int32), np.ones(batch, bool), 0
+    stops = model.config.stop_tokens if stop_tokens is None else tuple(stop_tokens)
+    for chunk, done in decode_chunks(
+        model, prompt, max_new_tokens=max_new_tokens, sampler=sampler, stop_tokens=stops, key=key
+    ):
+        out[:, made : made + chunk.shape[1]] = chunk
+        ended = np.isin(chunk, stops).cumsum(axis=1)
+        counted = chunk.shape[1] - (ended > 0).sum(axis=1) + ended.any(axis=1)
+        lengths += np.where(running, counted, 0)
+        running, made = ~done, made + chunk.shape[1]
+    return Generated(jnp.asarray(out), jnp.asarray(lengths))

@@ -1,0 +1,24 @@
+"""Compressed decode attention: one query per row against frozen prompt entries and the tokens decoded since."""
+
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.decode_attention import reference
+
+
+def decode_attention(
+    q: Float[Array, "B H D"],
+    k_prompt: Float[Array, "B N C D"],
+    v_prompt: Float[Array, "B N C D"],
+    positions: Int[Array, "B N C"],
+    k_new: Float[Array, "B K M D"],
+    v_new: Float[Array, "B K M D"],
+    used: Int[Array, ""],
+) -> Float[Array, "B H D"]:
+    """Softmax attention over the prompt slots with positions >= 0 and the first `used` >= 1 slots of the new ones.
+
+    N and K may differ (a cache per query head); both divide H. Logits and weights in float32, output in q's dtype.
+    Raises `ValueError` where the shapes do not fit.
+    """
+    if q.shape[1] % k_prompt.shape[1] or q.shape[1] % k_new.shape[1]:
+        raise ValueError(f"decode_attention: {q.shape[1]} query heads over {k_prompt.shape[1]} and {k_new.shape[1]}")
+    return reference.decode_attention(q, k_prompt, v_prompt, positions, k_new, v_new, used)

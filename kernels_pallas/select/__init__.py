@@ -1,0 +1,18 @@
+"""Exact top-k without a sort: the only place that chooses positions."""
+
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.select import reference
+
+
+def select(scores: Float[Array, "*S T"], count: Int[Array, "*S"], capacity: int) -> Int[Array, "*S C"]:
+    """Indices of the `count` largest scores of each row, ascending, right-aligned in `capacity` slots, -1 in the rest.
+
+        scores  5. 1. 9. 9. 2.   count 3, capacity 4   ->   -1  0  2  3
+
+    Ties go to the lowest index. +inf marks an entry that must stay, -inf one that must not.
+    Needs 0 <= count <= capacity (unchecked: traced). Raises `ValueError` if capacity exceeds T.
+    """
+    if not 0 < capacity <= scores.shape[-1]:
+        raise ValueError(f"select: capacity {capacity} is outside 1..{scores.shape[-1]}")
+    return reference.select(scores, count, capacity)
