@@ -82,9 +82,7 @@ def load_model(
     """
     dtype = parse_dtype(dtype)
     found = source if isinstance(source, Resolved) else resolve(source, progress=progress)
-    if mesh is not None:
-        mesh = sharding.automatic(mesh)
-        sharding.check_mesh(mesh, inspect(found))
+    mesh = None if mesh is None else sharding.automatic(mesh)
     options = {"check_weights": check_weights, "progress": progress}
     match found.kind:
         case "gguf":
@@ -152,4 +150,4 @@ def _download(name: str, progress: bool) -> str:
         return snapshot_download(name, allow_patterns=list(HUB_PATTERNS), ignore_patterns=skipped, tqdm_class=Bar)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"cannot get {name!r} from the Hugging Face Hub: {cause[:300]}; {_allowed()}") from error
+        raise CheckpointError(f"{name!r} is no local folder, and the Hugging Face Hub says: {cause[:300]}; {_allowed()}") from error

@@ -99,7 +99,7 @@ def edit(folder, change):
     "damage",
     [
         lambda folder: shutil.rmtree(folder / "weights"),
-        lambda folder: (folder / "weights" / "_METADATA").unlink(),
+        lambda folder: (folder / "weights" / "manifest.ocdbt").unlink(),
         lambda folder: [path.write_bytes(b"\0" * 64) for path in folder.rglob("d/*")],
         lambda folder: edit(folder, lambda content: content.update(version=99)),
         lambda folder: edit(folder, lambda content: content.pop("config")),

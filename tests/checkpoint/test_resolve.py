@@ -34,8 +34,8 @@ def test_wrong_files(tmp_path):
         (tmp_path / name).write_bytes(b"1234")
         with pytest.raises(CheckpointError, match=words):
             resolve(tmp_path / name)
-    with pytest.raises(CheckpointError, match="config.json"):
-        resolve(tmp_path / ".")
+    with pytest.raises(CheckpointError, match="config.json is missing"):
+        inspect(tmp_path)
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     (tmp_path / "m.safetensors").unlink()
     with pytest.raises(CheckpointError, match="holds m.gguf"):

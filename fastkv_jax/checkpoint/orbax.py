@@ -1,0 +1,216 @@
+"""Our own checkpoint: config.json with a format marker, weights/ written by Orbax, tokenizer files copied along.
+
+Locally a checkpoint is complete or absent: it is written beside its target and renamed. On remote storage there is no
+rename: Orbax commits weights/ itself and config.json, without which nothing is loaded, goes last.
+"""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from fastkv_jax import sharding
+from fastkv_jax.checkpoint.assemble import abstract_model, check_finite
+from fastkv_jax.config import Llama3Scaling, LlamaConfig, RopeConfig
+from fastkv_jax.errors import CheckpointError, FastKVConfigError
+from fastkv_jax.model import Llama
+
+FORMAT, VERSION = "fastkv_jax", 1
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+_SPARE_BYTES = 64 << 20  # tokenizer files, metadata
+
+
+def save(model: Llama, folder: str | os.PathLike[str], write_extras: Callable[[epath.Path], None] | None = None) -> None:
+    """Write a checkpoint to `folder`, which must be absent or empty.
+
+    `write_extras(path)` may put more files, a tokenizer's for instance, beside the weights.
+    Raises `FastKVConfigError` if the target is occupied, `OSError` if it cannot be written (no space, no rights);
+    the target is untouched then.
+    """
+    target = check_target(folder)
+    if is_remote(target):
+        _write(model, target, write_extras)
+        return
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _check_space(model, target.parent)
+    temporary = target.parent / f".{target.name}.incomplete"
+    if temporary.exists():
+        temporary.rmtree()
+    try:
+        _write(model, temporary, write_extras)
+        _sync(temporary)
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def check_target(folder: str | os.PathLike[str]) -> epath.Path:
+    """Raise `FastKVConfigError` unless `folder` is absent or empty."""
+    target = epath.Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FastKVConfigError(f"{target} exists and is not an empty folder; choose another one or remove it")
+    return target
+
+
+def copy_tokenizer_files(source: epath.Path) -> Callable[[epath.Path], None]:
+    """For `save`: copies what the folder `source` has of a tokenizer."""
+
+    def write(folder: epath.Path) -> None:
+        for name in TOKENIZER_FILES:
+            if (source / name).exists():
+                (folder / name).write_bytes((source / name).read_bytes())
+
+    return write
+
+
+def is_ours(folder: epath.Path) -> bool:
+    """Whether a folder's config.json carries our format marker."""
+    try:
+        return json.loads((folder / "config.json").read_text()).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def is_remote(path: epath.Path) -> bool:
+    """Whether a path is on remote storage such as gs://, where files are not renamed."""
+    return "://" in os.fspath(path)
+
+
+def inspect(folder: epath.Path) -> LlamaConfig:
+    """Read the config, and check that the weights were completely written. Reads no weights."""
+    file = folder / "config.json"
+    try:
+        content = json.loads(file.read_text())
+        version = content.get("version")
+        if content.get("format") != FORMAT or version != VERSION:
+            raise CheckpointError(f"{file}: format version {version!r} is not supported; supported: {VERSION}")
+        config = _parse(content["config"])
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is damaged ({type(error).__name__}: {error}); convert the model again") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from error
+    if not (folder / "weights").is_dir():
+        raise CheckpointError(f"{folder / 'weights'} is missing; convert the model again")
+    return config
+
+
+def load(
+    folder: epath.Path, dtype: Any, mesh: Mesh | None = None, *, check_weights: bool = False, progress: bool = False
+) -> Llama:
+    """The model in `dtype`; each device reads its own part of the weights. Orbax has no progress to show."""
+    del progress
+    config = inspect(folder)
+    if mesh is not None:
+        sharding.check_mesh(mesh, config)
+    single = SingleDeviceSharding(jax.devices()[0])
+
+    def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        where = single if mesh is None else sharding.sharding_for(mesh, path)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    abstract = jax.tree_util.tree_map_with_path(placed, abstract_model(config, dtype, mesh))
+    paths = [_key(path) for path, _ in jax.tree_util.tree_flatten_with_path(abstract)[0]]
+    arrays = _restore(folder / "weights", dict(zip(paths, jax.tree.leaves(abstract), strict=True)))
+    model = jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in paths])
+    # A cast to float16 happens inside Orbax, so an overflow shows only as infinity.
+    if check_weights or np.dtype(dtype) == np.float16:
+        check_finite(model, f"{folder} in {np.dtype(dtype).name}", _label)
+    return model
+
+
+def _write(model: Llama, folder: epath.Path, write_extras: Callable[[epath.Path], None] | None) -> None:
+    import orbax.checkpoint as ocp
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {_key(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder / "weights", state)
+    except Exception as error:  # Orbax and tensorstore raise many types, full disks included
+        reason = _first_line(error)
+        full = "space" in str(error).lower() or getattr(error, "errno", None) == errno.ENOSPC
+        raise OSError(errno.ENOSPC if full else errno.EIO, f"cannot write the weights: {reason}", str(folder)) from error
+    if write_extras is not None:
+        write_extras(folder)
+    content = {"format": FORMAT, "version": VERSION, "config": dataclasses.asdict(model.config)}
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _restore(weights: epath.Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    import orbax.checkpoint as ocp
+
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(weights, dict(abstract))
+    except Exception as error:  # a damaged checkpoint raises whatever the damaged layer raises
+        raise CheckpointError(f"{weights} cannot be restored: {_first_line(error)}; convert the model again") from error
+
+
+def _first_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
+def _key(path: tuple[Any, ...]) -> str:
+    """The name of a parameter in weights/: "layers.wq" for (.layers, .wq, .value)."""
+    return ".".join(key.name for key in path if key.name != "value")
+
+
+def _label(name: str, layer: int | None) -> str:
+    return name if layer is None else f"layers.{name}[{layer}]"
+
+
+def _parse(fields: Mapping[str, Any]) -> LlamaConfig:
+    rope = dict(fields["rope"])
+    if isinstance(rope["scaling"], dict):
+        rope["scaling"] = Llama3Scaling(**rope["scaling"])
+    elif isinstance(rope["scaling"], list):
+        rope["scaling"] = tuple(rope["scaling"])
+    stop_tokens = tuple(fields["stop_tokens"])
+    return LlamaConfig(**{**fields, "rope": RopeConfig(**rope), "stop_tokens": stop_tokens})
+
+
+def _check_space(model: Llama, folder: epath.Path) -> None:
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model)) + _SPARE_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free", str(folder))
+
+
+def _sync(folder: epath.Path) -> None:
+    """Flush our own files to disk before the rename makes them visible; Orbax flushes its own."""
+    for path in folder.iterdir():
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: epath.Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,83 @@
+"""Convert any model into our own checkpoint, which loads sharded and in its final dtype."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fastkv_jax.errors import CheckpointError, FastKVConfigError
+
+OK, FAILED, USAGE, BAD_MODEL = 0, 1, 2, 3
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"error: {message}; see --help\n")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's arguments; leaves with exit code 2 and one line on stderr if they are wrong."""
+    parser = _Parser(prog="convert_checkpoint", description=__doc__)
+    parser.add_argument("source", metavar="SOURCE", help="model folder, .gguf file, Hub id or known name")
+    parser.add_argument("dest", metavar="DEST", help="folder to write; must be absent or empty")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--check-weights", "--check_weights", action="store_true", help="refuse NaN and infinity")
+    parser.add_argument("--quiet", action="store_true", help="print errors only")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the conversion. Returns 0, or 1 if writing failed, 2 for wrong usage, 3 for bad model files."""
+    options = parse(argv)
+    try:
+        convert(options.source, options.dest, options.dtype, options.check_weights, options.quiet)
+    except CheckpointError as error:
+        return _report(error, BAD_MODEL)
+    except FastKVConfigError as error:
+        return _report(error, USAGE)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _report(f"{where}{error.strerror or error}", FAILED)
+    return OK
+
+
+def convert(source: str, dest: str, dtype: str, check_weights: bool, quiet: bool) -> None:
+    """Load `source` and save it to `dest`, with its tokenizer if it has one."""
+    from fastkv_jax.checkpoint import load_model, orbax, resolve
+
+    orbax.check_target(dest)
+    found = resolve(source, progress=not quiet)
+    extras = _tokenizer_writer(found)
+    model = load_model(found, dtype, check_weights=check_weights, progress=not quiet)
+    orbax.save(model, dest, extras)
+    if not quiet:
+        print(f"wrote {dest} ({dtype})", file=sys.stderr)
+
+
+def _tokenizer_writer(found: Any) -> Callable[[Any], None]:
+    from fastkv_jax import text
+    from fastkv_jax.checkpoint import orbax
+
+    if found.kind != "gguf":
+        return orbax.copy_tokenizer_files(found.path)
+    tokenizer = text.load_tokenizer(found)
+    return lambda folder: _write_tokenizer(tokenizer, folder)
+
+
+def _write_tokenizer(tokenizer: Any, folder: Any) -> None:
+    """transformers writes to local folders only, so the files take a detour on their way to remote storage."""
+    import tempfile
+
+    from etils import epath
+
+    from fastkv_jax.checkpoint import orbax
+
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        orbax.copy_tokenizer_files(epath.Path(Path(scratch)))(folder)
+
+
+def _report(error: object, code: int) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,212 @@
+"""Text in and out: tokenizers, chat prompts, streamed text, stop strings."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+from fastkv_jax.checkpoint import Resolved, resolve
+from fastkv_jax.config import LlamaConfig
+from fastkv_jax.errors import CheckpointError, FastKVConfigError, InputError
+
+MAX_TEMPLATE_CHARACTERS = 1_000_000
+"""What a chat template may add to the messages. Templates come with the model; a loop in one can render gigabytes."""
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A prompt through the chat template. `window_end` counts the tokens after the end of the user's question."""
+
+    token_ids: list[int]
+    window_end: int
+
+
+def load_tokenizer(source: str | os.PathLike[str] | Resolved) -> Any:
+    """The tokenizer of any source that `load_model` accepts, as a transformers tokenizer.
+
+    Raises `CheckpointError` if files are missing or damaged, or if it would need code from the model folder.
+    """
+    found = source if isinstance(source, Resolved) else resolve(source)
+    if found.kind == "gguf":
+        return _from_gguf(Path(found.path))
+    if found.kind == "orbax" and "://" in os.fspath(found.path):
+        raise CheckpointError(f"{found.path}: tokenizers are read from local folders only; name one with --tokenizer")
+    with _quiet():
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(
+                os.path.abspath(found.path), trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:  # tokenizers in the field break in ways transformers has no class for
+            if "trust_remote_code" in str(error):
+                raise CheckpointError(
+                    f"{found.path}: its tokenizer needs --trust-remote-code, code from the model folder,"
+                    " which is never run; use a converted tokenizer.json"
+                ) from error
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise CheckpointError(f"{found.path}: no usable tokenizer: {reason[:300]}") from error
+
+
+def check_vocabulary(tokenizer: Any, config: LlamaConfig) -> None:
+    """Raise `CheckpointError` if the tokenizer can produce ids that the embedding does not have."""
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if size > config.vocab_size:
+        raise CheckpointError(f"the tokenizer has {size} ids, the model's embedding only {config.vocab_size} rows")
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether `encode_chat` can be used."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def encode_raw(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text without a template: with BOS if the tokenizer adds it, once even if the text brings its own."""
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    return ids[1:] if ids[:1] == ids[1:2] == [tokenizer.bos_token_id] else ids
+
+
+def encode_chat(tokenizer: Any, prompt: str, system: str | None = None, prefill: str | None = None) -> ChatPrompt:
+    """The ids of a one-question chat, ready for the answer, which starts with `prefill` if that is given.
+
+    Raises `InputError` if there is no template, or it refuses the messages, or it renders too much.
+    """
+    if not has_chat_template(tokenizer):
+        raise InputError("this tokenizer has no chat template; use --raw")
+    if not prompt.strip():
+        raise InputError("prompt is empty")
+    rendered = _render(tokenizer, prompt, system)
+    end = _question_end(tokenizer, rendered, prompt, system)
+    text = rendered + (prefill or "")
+    if not tokenizer.is_fast:
+        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        tail = tokenizer(text[end:], add_special_tokens=False, verbose=False)["input_ids"]
+        return ChatPrompt(ids, min(len(tail), len(ids)))
+    # The template writes BOS itself where the model wants one.
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return ChatPrompt(list(encoded["input_ids"]), sum(start >= end for start, _ in encoded["offset_mapping"]))
+
+
+class TextStream:
+    """Turns token ids into text piece by piece; a piece never ends inside a character. Special tokens are skipped."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._text = ""
+
+    def push(self, token: int) -> str:
+        """The text that this token completes, often empty."""
+        self._ids.append(int(token))
+        piece = self._decoder.step(self._tokenizer.backend_tokenizer, int(token)) or ""
+        self._text += piece
+        return piece
+
+    def flush(self) -> str:
+        """What is left at the end, with U+FFFD for an incomplete character."""
+        full = self._tokenizer.backend_tokenizer.decode(self._ids, skip_special_tokens=True)
+        rest = full[len(self._text) :] if full.startswith(self._text) else ""
+        self._text += rest
+        return rest
+
+
+class StopMatcher:
+    """Cuts streamed text at the first stop string that completes. Possible beginnings of one are held back."""
+
+    def __init__(self, stops: Sequence[str]):
+        if "" in stops:
+            raise FastKVConfigError("a stop string must not be empty")
+        self._stops = tuple(stops)
+        self._held = ""
+        self._stopped = False
+
+    def push(self, piece: str) -> tuple[str, bool]:
+        """The text that is safe to print after this piece, and whether a stop string has been found."""
+        if self._stopped:
+            return "", True
+        text = self._held + piece
+        # The match that ends first, the longer one of two: the same however the text is cut into pieces.
+        found = [(text.find(stop) + len(stop), -len(stop)) for stop in self._stops if stop in text]
+        if found:
+            end, length = min(found)
+            self._held, self._stopped = "", True
+            return text[: end + length], True
+        keep = self._possible_start(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        """The text held back, at the end of the answer."""
+        held, self._held = self._held, ""
+        return held
+
+    def _possible_start(self, text: str) -> int:
+        """Length of the longest end of `text` that some stop string begins with."""
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        lengths = range(min(longest, len(text)), 0, -1)
+        return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
+
+
+def _from_gguf(path: Path) -> Any:
+    from fastkv_jax.checkpoint.gguf_tokenizer import read_tokenizer
+
+    tokenizer, names = read_tokenizer(path)
+    with _quiet():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, padding_side="left", **names
+        )
+
+
+def _render(tokenizer: Any, prompt: str, system: str | None) -> str:
+    from jinja2 import TemplateError
+
+    messages = [{"role": "user", "content": prompt}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, TypeError, ValueError, OverflowError, MemoryError) as error:
+        raise InputError(f"the model's chat template failed: {error or type(error).__name__}") from error
+    added = len(rendered) - len(prompt) - len(system or "")
+    if added > MAX_TEMPLATE_CHARACTERS:
+        raise InputError(
+            f"the model's chat template adds {added} characters; at most {MAX_TEMPLATE_CHARACTERS} are allowed; use --raw"
+        )
+    return rendered
+
+
+def _question_end(tokenizer: Any, rendered: str, prompt: str, system: str | None) -> int:
+    """Where the user's question ends in the rendered text.
+
+    Everything after it comes from the template, so it is found by rendering another question and comparing the ends.
+    """
+    marker = "question"
+    while marker in prompt or marker in (tokenizer.chat_template or "") or marker in (system or ""):
+        marker += "Z"
+    other = _render(tokenizer, marker, system)
+    tail = other[other.rfind(marker) + len(marker) :] if marker in other else None
+    if tail is not None and rendered.endswith(tail):
+        return len(rendered) - len(tail)
+    for content in (prompt, prompt.strip()):  # the tail depends on the question
+        if content in rendered:
+            return rendered.rindex(content) + len(content)
+    return len(rendered)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers announces on import that PyTorch is missing, and more; none of it concerns the user."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
