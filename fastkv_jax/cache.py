@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -61,9 +60,3 @@ class KVCache:
             first += segment.k.shape[0]
         raise IndexError(f"layer {index} is outside 0..{first - 1}")
 
-
-def empty_buffer(
-    layers: int, batch: int, heads: int, capacity: int, head_dim: int, dtype: jax.typing.DTypeLike
-) -> Float[Array, "L B K M D"]:
-    """A zeroed buffer for the keys or values of decoded tokens."""
-    return jnp.zeros((layers, batch, heads, capacity, head_dim), dtype)

@@ -5,9 +5,9 @@
                   keep entries                         keep entries        -> cache -> decode, decode, ...
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,12 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from fastkv_jax import inputs, rope
+from fastkv_jax import rope
 from fastkv_jax.attention import Platform, attention
 from fastkv_jax.buckets import TILE
-from fastkv_jax.cache import KVCache, SegmentKV, empty_buffer
+from fastkv_jax.cache import KVCache, SegmentKV
 from fastkv_jax.errors import CheckpointError, InputError
+from fastkv_jax.inputs import Prompt, check_batch, static_tail
 from fastkv_jax.methods.base import Method, Rows, Stage, static_plan
 from fastkv_jax.model import Llama
 from fastkv_jax.sampling import Greedy, Sampler
@@ -28,6 +29,7 @@ from fastkv_jax.select import choose
 from kernels_pallas import decode_attention
 
 CHUNK = 8  # decode steps per call of the compiled loop: what a stream shows at once
+GROUP = 5  # layers per call where progress is reported
 
 
 @struct.dataclass
@@ -61,6 +63,7 @@ def prefill(
     max_new_tokens: int,
     window_end: Any = 0,
     platform: Platform | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Prefill:
     """Read a batch of left-padded prompts: logits of their last tokens, and a cache of what the method keeps.
 
@@ -69,23 +72,40 @@ def prefill(
     window_end      tokens after the end of the question (a chat template's tail), one number or [B]: the observation
                     window ends before them, and they are always kept
     platform        "cpu", "gpu" or "tpu"; None: where the weights are
+    progress        called with the number of layers done since the last call; the layers then run in several calls
 
     Compiles once per (method, T, B, max_new_tokens). NumPy arrays and lists are checked here (`InputError`,
     `FastKVConfigError`), traced arrays are not: budgets are looked up by traced length, exact in either case.
     """
-    config = model.config
-    method.check(config.num_layers)
-    tokens, start, window_end = inputs.check_batch(tokens, start, window_end, config, max_new_tokens)
-    return _prefill(
-        model,
-        tokens,
-        start,
-        window_end,
-        method=method,
-        max_new_tokens=max_new_tokens,
-        tail=inputs.static_tail(window_end),
-        platform=platform or platform_of(model),
-    )
+    prompt = check_prompt(model, tokens, start, window_end, method, max_new_tokens)
+    static = Static(method, max_new_tokens, static_tail(prompt.window_end), platform or platform_of(model))
+    if progress is None:
+        return _prefill_jit(model, prompt, static=static)
+    return _prefill(model, prompt, static, partial(_run_and_report, progress=progress))
+
+
+def compile_prefill(
+    model: Llama,
+    tokens: Any,
+    start: Any = None,
+    *,
+    method: Method,
+    max_new_tokens: int,
+    window_end: Any = 0,
+    platform: Platform | None = None,
+) -> jax.stages.Compiled:
+    """Compile what `prefill` with these arguments (and no progress) will run, so that it starts at once."""
+    prompt = check_prompt(model, tokens, start, window_end, method, max_new_tokens)
+    static = Static(method, max_new_tokens, static_tail(prompt.window_end), platform or platform_of(model))
+    return _prefill_jit.lower(model, prompt, static=static).compile()
+
+
+def check_prompt(
+    model: Llama, tokens: Any, start: Any, window_end: Any, method: Method, max_new_tokens: int
+) -> Prompt:
+    """The arguments of `prefill` as arrays, or `InputError` / `FastKVConfigError`."""
+    method.check(model.config.num_layers)
+    return check_batch(tokens, start, window_end, model.config, max_new_tokens)
 
 
 def platform_of(model: Llama) -> Platform:
@@ -95,42 +115,39 @@ def platform_of(model: Llama) -> Platform:
     return "gpu" if name in ("gpu", "cuda", "rocm") else "tpu" if name == "tpu" else "cpu"
 
 
-@partial(jax.jit, static_argnames=("method", "max_new_tokens", "tail", "platform"))
-def _prefill(
-    model: Llama,
-    tokens: Int[Array, "B T"],
-    start: Int[Array, " B"],
-    window_end: Int[Array, " B"],
-    *,
-    method: Method,
-    max_new_tokens: int,
-    tail: int,
-    platform: Platform,
-) -> Prefill:
-    batch, columns = tokens.shape
-    n = columns - start
-    protected = method.window_size + window_end if method.window_size else jnp.zeros_like(window_end)
-    stages = static_plan(method, model.config.num_layers, columns, tail, TILE)
+class Static(NamedTuple):
+    """What a compiled prefill depends on besides shapes."""
 
-    x = model.embed(tokens)
-    rows = Rows(jnp.where(n[:, None] > columns - 1 - jnp.arange(columns), jnp.arange(columns) - start[:, None], -1),
-                start, columns - window_end)
-    token_scores = jnp.zeros(rows.positions.shape)
-    budget, propagated, segments = n, None, []
-    for stage in stages:
+    method: Method
+    max_new_tokens: int
+    tail: int  # an upper bound of window_end
+    platform: Platform
+
+
+def _prefill(model: Llama, prompt: Prompt, static: Static, run_layers: Callable[..., Any]) -> Prefill:
+    """The whole algorithm: run a stage's layers, keep entries, choose the rows that go on, run the next stage's."""
+    config, method = model.config, static.method
+    batch, columns = prompt.tokens.shape
+    n = columns - prompt.start
+    protected = method.window_size + prompt.window_end if method.window_size else jnp.zeros_like(n)
+
+    x = model.embed(prompt.tokens)
+    position = jnp.arange(columns) - prompt.start[:, None]
+    rows = Rows(jnp.maximum(position, -1), prompt.start, columns - prompt.window_end)
+    token_scores, budget, propagated, segments = None, n, None, []
+    for stage in static_plan(method, config.num_layers, columns, static.tail, TILE):
         if stage.propagates:
             budget = jnp.minimum(n, jnp.maximum(jnp.asarray(stage.tokens)[n], protected))
             x, rows = _propagate(x, rows, token_scores, budget, stage.width)
             propagated = rows.positions
-        kept = jnp.minimum(budget, jnp.maximum(jnp.asarray(stage.kept)[n], protected))
-        if stage.first == stage.stop:  # the published code allows TSP after the last layer
-            continue
-        x, token_scores, segment = _run_layers(model, x, rows, stage, kept, method, platform)
-        segments.append(segment)
+        if stage.first < stage.stop:  # the published code allows TSP after the last layer
+            kept = jnp.minimum(budget, jnp.maximum(jnp.asarray(stage.kept)[n], protected))
+            x, token_scores, kept_entries = run_layers(model, x, rows, kept, stage, static)
+            segments += kept_entries
 
-    buffer = partial(empty_buffer, model.config.num_layers, batch, model.config.num_kv_heads, max_new_tokens,
-                     model.config.head_dim, x.dtype)
-    cache = KVCache(tuple(segments), buffer(), buffer(), jnp.zeros((), jnp.int32), n)
+    shape = (config.num_layers, batch, config.num_kv_heads, static.max_new_tokens, config.head_dim)
+    k_new, v_new = jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype)
+    cache = KVCache(tuple(segments), k_new, v_new, jnp.zeros((), jnp.int32), n)
     return Prefill(model.logits(x[:, -1]), cache, propagated)
 
 
@@ -141,8 +158,28 @@ def _propagate(x, rows: Rows, token_scores, budget, width: int):
     return chosen.take(x, 0), Rows(chosen.take(rows.positions, -1), width - budget, width - tail)
 
 
-def _run_layers(model: Llama, x, rows: Rows, stage: Stage, kept, method: Method, platform: Platform):
-    """The layers of one stage: (hidden rows, token scores of the last layer, what each layer kept)."""
+def _run_stage(model: Llama, x, rows: Rows, kept, stage: Stage, static: Static):
+    """All layers of a stage in one scan."""
+    layers = jnp.arange(stage.first, stage.stop)
+    capacity = stage.capacity if stage.compresses else None
+    x, token_scores, entries = _run_layers(model, x, rows, kept, layers, capacity=capacity, static=static)
+    return x, token_scores, [entries]
+
+
+def _run_and_report(model: Llama, x, rows: Rows, kept, stage: Stage, static: Static, *, progress):
+    """The layers of a stage a few at a time, each group a segment of the cache of its own."""
+    capacity = stage.capacity if stage.compresses else None
+    token_scores, segments = None, []
+    for first in range(stage.first, stage.stop, GROUP):
+        layers = jnp.arange(first, min(first + GROUP, stage.stop))
+        x, token_scores, entries = _run_layers_jit(model, x, rows, kept, layers, capacity=capacity, static=static)
+        segments.append(jax.block_until_ready(entries))
+        progress(layers.size)
+    return x, token_scores, segments
+
+
+def _run_layers(model: Llama, x, rows: Rows, kept, layers, *, capacity: int | None, static: Static):
+    """(hidden rows, token scores of the last layer, what each of these layers keeps: all if capacity is None)."""
     cos, sin = rope.angles(model.config.rope, model.config.head_dim, jnp.maximum(rows.positions, 0))
 
     def layer(carry, index):
@@ -150,26 +187,30 @@ def _run_layers(model: Llama, x, rows: Rows, stage: Stage, kept, method: Method,
         block = model.layer(index)
         q, k, v = block.qkv(x, cos, sin)
         with jax.named_scope("attention"):
-            x = block.output(x, attention(q, k, v, rows.start, platform=platform, mesh=model.mesh))
+            x = block.output(x, attention(q, k, v, rows.start, platform=static.platform, mesh=model.mesh))
         with jax.named_scope("compress"):
-            scores = method.scores(q, k, v, rows)
-            entries = _keep(k, v, rows, scores.kv, kept, stage)
+            scores = static.method.scores(q, k, v, rows)
+            entries = _keep(k, v, rows, scores.kv, kept, capacity)
         return (x, scores.tokens), entries
 
     nothing = jnp.zeros(rows.positions.shape, jnp.float32)
-    (x, token_scores), segment = lax.scan(layer, (x, nothing), jnp.arange(stage.first, stage.stop))
-    return x, token_scores, segment
+    (x, token_scores), entries = lax.scan(layer, (x, nothing), layers)
+    return x, token_scores, entries
 
 
-def _keep(k, v, rows: Rows, kv_scores, kept, stage: Stage) -> SegmentKV:
+def _keep(k, v, rows: Rows, kv_scores, kept, capacity: int | None) -> SegmentKV:
     """The `kept` best entries of each cache head."""
     heads = kv_scores.shape[1]
     positions = jnp.broadcast_to(rows.positions[:, None], (k.shape[0], heads, k.shape[2]))
     k, v = (jnp.repeat(a, heads // a.shape[1], axis=1) for a in (k, v))  # a cache per query head, where published so
-    if not stage.compresses:
+    if capacity is None:
         return SegmentKV(k, v, positions)
-    chosen = choose(kv_scores, kept[:, None], stage.capacity)
+    chosen = choose(kv_scores, kept[:, None], capacity)
     return SegmentKV(chosen.take(k, 0), chosen.take(v, 0), chosen.take(positions, -1))
+
+
+_prefill_jit = jax.jit(partial(_prefill, run_layers=_run_stage), static_argnames=("static",))
+_run_layers_jit = jax.jit(_run_layers, static_argnames=("capacity", "static"), donate_argnames=("x",))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,10 +276,14 @@ class _Loop:
 
 
 @partial(jax.jit, static_argnames=("sampler", "stop_tokens"))
-def _first_token(logits, key, *, sampler: Sampler, stop_tokens: tuple[int, ...]):
+def _first_token(prompt: Prefill, key, *, sampler: Sampler, stop_tokens: tuple[int, ...]) -> _Loop:
+    """The first token comes from the prompt's own logits."""
     key, now = jax.random.split(key)
-    token = sampler(logits, now)
-    return token, _is_stop(token, stop_tokens), jnp.isfinite(logits).all(), key
+    token = sampler(prompt.logits, now)
+    cache = prompt.cache
+    new = (cache.k_new, cache.v_new, cache.used, cache.position)
+    finite = jnp.isfinite(prompt.logits).all()
+    return _Loop(token, _is_stop(token, stop_tokens), finite, jnp.ones((), jnp.int32), key, new)
 
 
 @partial(jax.jit, static_argnames=("sampler", "stop_tokens", "pad_token"), donate_argnames=("loop",))
@@ -281,37 +326,51 @@ def decode_chunks(
     `prompt`'s cache is donated. Ends early when every row has met a stop token. Raises `InputError` if the cache has
     no room, `CheckpointError` at the first logits that are not finite.
     """
-    if max_new_tokens < 1:
-        return
     if max_new_tokens > prompt.cache.max_new_tokens + 1:
         raise InputError(f"max_new_tokens={max_new_tokens} > {prompt.cache.max_new_tokens}, the room in the cache")
-    if key is None:
-        if not isinstance(sampler, Greedy):
-            raise InputError(f"{type(sampler).__name__} needs key=jax.random.key(seed)")
-        key = jax.random.key(0)
-    config = model.config
-    stops = config.stop_tokens if stop_tokens is None else tuple(int(t) for t in stop_tokens)
-    pad = config.pad_token or 0
-
-    token, done, finite, key = _first_token(prompt.logits, key, sampler=sampler, stop_tokens=stops)
-    _check_finite(finite, 0)
-    yield np.asarray(token)[:, None], np.asarray(done)
-    cache = prompt.cache
-    new = (cache.k_new, cache.v_new, cache.used, cache.position)
-    loop = _Loop(token, done, finite, jnp.ones((), jnp.int32), key, new)
+    if max_new_tokens < 1:
+        return
+    stops, pad = _stops(model, stop_tokens), model.config.pad_token or 0
+    loop = _first_token(prompt, _key(sampler, key), sampler=sampler, stop_tokens=stops)
+    _check_finite(loop, 0)
+    yield np.asarray(loop.token)[:, None], np.asarray(loop.done)
     made = 1
     while made < max_new_tokens and not np.asarray(loop.done).all():
         loop, chunk = _decode_chunk(
-            model, cache.segments, loop, max_new_tokens, sampler=sampler, stop_tokens=stops, pad_token=pad
+            model, prompt.cache.segments, loop, max_new_tokens, sampler=sampler, stop_tokens=stops, pad_token=pad
         )
-        _check_finite(loop.finite, made)
+        _check_finite(loop, made)
         count = int(loop.count) - made
         made += count
         yield np.asarray(chunk)[:count].T, np.asarray(loop.done)
 
 
-def _check_finite(finite: Bool[Array, ""], step: int) -> None:
-    if not finite:
+def compile_decode(
+    model: Llama,
+    prompt: Prefill,
+    *,
+    sampler: Sampler = Greedy(),  # noqa: B008 - a frozen value
+    stop_tokens: Sequence[int] | None = None,
+) -> jax.stages.Compiled:
+    """Compile what `decode_chunks` with these arguments will run, so that it starts at once."""
+    stops, pad = _stops(model, stop_tokens), model.config.pad_token or 0
+    loop = _first_token(prompt, jax.random.key(0), sampler=sampler, stop_tokens=stops)
+    options = {"sampler": sampler, "stop_tokens": stops, "pad_token": pad}
+    return _decode_chunk.lower(model, prompt.cache.segments, loop, 1, **options).compile()
+
+
+def _stops(model: Llama, stop_tokens: Sequence[int] | None) -> tuple[int, ...]:
+    return model.config.stop_tokens if stop_tokens is None else tuple(int(t) for t in stop_tokens)
+
+
+def _key(sampler: Sampler, key: Key[Array, ""] | None) -> Key[Array, ""]:
+    if key is None and not isinstance(sampler, Greedy):
+        raise InputError(f"{type(sampler).__name__} needs key=jax.random.key(seed)")
+    return jax.random.key(0) if key is None else key
+
+
+def _check_finite(loop: _Loop, step: int) -> None:
+    if not loop.finite:
         raise CheckpointError(f"non-finite logits at step {step}; run with --check-weights (check_weights=True)")
 
 
@@ -338,7 +397,7 @@ def generate(
     batch = prompt.logits.shape[0]
     out = np.full((batch, max_new_tokens), model.config.pad_token or 0, np.int32)
     lengths, running, made = np.zeros(batch, np.int32), np.ones(batch, bool), 0
-    stops = model.config.stop_tokens if stop_tokens is None else tuple(stop_tokens)
+    stops = _stops(model, stop_tokens)
     for chunk, done in decode_chunks(
         model, prompt, max_new_tokens=max_new_tokens, sampler=sampler, stop_tokens=stops, key=key
     ):

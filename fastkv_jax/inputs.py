@@ -1,6 +1,6 @@
 """Checks at the public doors, on the host, before anything compiles. Traced arrays pass unchecked."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,16 @@ from fastkv_jax.errors import InputError
 TAIL_TILE = 64  # template tails of up to 64 tokens share one compilation
 
 
-def check_batch(
-    tokens: Any, start: Any, window_end: Any, config: LlamaConfig, max_new_tokens: int
-) -> tuple[Int[Array, "B T"], Int[Array, " B"], np.ndarray]:
-    """Tokens [B, T], start [B] and window_end [B] as int32, or `InputError` saying which value at which index is wrong."""
+class Prompt(NamedTuple):
+    """A checked batch of prompts, all int32."""
+
+    tokens: Int[Array, "B T"]
+    start: Int[Array, " B"]
+    window_end: Int[np.ndarray, " B"]
+
+
+def check_batch(tokens: Any, start: Any, window_end: Any, config: LlamaConfig, max_new_tokens: int) -> Prompt:
+    """The batch as int32 arrays, or `InputError` saying which value at which index is wrong."""
     if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 0:
         raise InputError(f"max_new_tokens must be an integer >= 0, got {max_new_tokens!r}")
     traced = isinstance(tokens, jax.core.Tracer) or isinstance(start, jax.core.Tracer)
@@ -33,7 +39,7 @@ def check_batch(
         check_lengths(columns - start, config, max_new_tokens)
         for row in np.flatnonzero(window_end >= columns - start):
             raise InputError(f"window_end {window_end[row]} leaves no question in row {row} ({columns - start[row]} tokens)")
-    return jnp.asarray(tokens, jnp.int32), jnp.asarray(start, jnp.int32), window_end
+    return Prompt(jnp.asarray(tokens, jnp.int32), jnp.asarray(start, jnp.int32), window_end)
 
 
 def static_tail(window_end: np.ndarray) -> int:

@@ -1,16 +1,17 @@
 """Text in and out: tokenizers, chat prompts, streamed text, stop strings."""
 
-import contextlib
-import logging
 import os
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from tokenizers.decoders import DecodeStream
 
-from fastkv_jax.checkpoint import Resolved, resolve
+from fastkv_jax.checkpoint import Resolved, orbax, resolve
+from fastkv_jax.checkpoint.quiet import quiet
 from fastkv_jax.config import LlamaConfig
 from fastkv_jax.errors import CheckpointError, FastKVConfigError, InputError
 
@@ -34,23 +35,11 @@ def load_tokenizer(source: str | os.PathLike[str] | Resolved) -> Any:
     found = source if isinstance(source, Resolved) else resolve(source)
     if found.kind == "gguf":
         return _from_gguf(Path(found.path))
-    if found.kind == "orbax" and "://" in os.fspath(found.path):
-        raise CheckpointError(f"{found.path}: tokenizers are read from local folders only; name one with --tokenizer")
-    with _quiet():
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(
-                os.path.abspath(found.path), trust_remote_code=False, local_files_only=True
-            )
-        except Exception as error:  # tokenizers in the field break in ways transformers has no class for
-            if "trust_remote_code" in str(error):
-                raise CheckpointError(
-                    f"{found.path}: its tokenizer needs --trust-remote-code, code from the model folder,"
-                    " which is never run; use a converted tokenizer.json"
-                ) from error
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise CheckpointError(f"{found.path}: no usable tokenizer: {reason[:300]}") from error
+    if orbax.is_remote(found.path):  # transformers reads local folders only
+        with tempfile.TemporaryDirectory() as scratch:
+            orbax.copy_tokenizer_files(found.path)(epath.Path(scratch))
+            return _from_folder(Path(scratch), os.fspath(found.path))
+    return _from_folder(Path(found.path), os.fspath(found.path))
 
 
 def check_vocabulary(tokenizer: Any, config: LlamaConfig) -> None:
@@ -83,10 +72,6 @@ def encode_chat(tokenizer: Any, prompt: str, system: str | None = None, prefill:
     rendered = _render(tokenizer, prompt, system)
     end = _question_end(tokenizer, rendered, prompt, system)
     text = rendered + (prefill or "")
-    if not tokenizer.is_fast:
-        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        tail = tokenizer(text[end:], add_special_tokens=False, verbose=False)["input_ids"]
-        return ChatPrompt(ids, min(len(tail), len(ids)))
     # The template writes BOS itself where the model wants one.
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return ChatPrompt(list(encoded["input_ids"]), sum(start >= end for start, _ in encoded["offset_mapping"]))
@@ -153,11 +138,30 @@ class StopMatcher:
         return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
 
 
+def _from_folder(folder: Path, name: str) -> Any:
+    with quiet():  # importing transformers announces that PyTorch is missing
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder.absolute(), trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # tokenizers in the field break in ways transformers has no class for
+            if "trust_remote_code" in str(error):
+                raise CheckpointError(
+                    f"{name}: its tokenizer needs --trust-remote-code, code from the model folder,"
+                    " which is never run; use a converted tokenizer.json"
+                ) from error
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise CheckpointError(f"{name}: no usable tokenizer: {reason[:300]}") from error
+    if not tokenizer.is_fast:
+        raise CheckpointError(f"{name}: {type(tokenizer).__name__} gives no character offsets; add a tokenizer.json")
+    return tokenizer
+
+
 def _from_gguf(path: Path) -> Any:
     from fastkv_jax.checkpoint.gguf_tokenizer import read_tokenizer
 
     tokenizer, names = read_tokenizer(path)
-    with _quiet():
+    with quiet():
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast(
@@ -178,7 +182,7 @@ def _render(tokenizer: Any, prompt: str, system: str | None) -> str:
     added = len(rendered) - len(prompt) - len(system or "")
     if added > MAX_TEMPLATE_CHARACTERS:
         raise InputError(
-            f"the model's chat template adds {added} characters; at most {MAX_TEMPLATE_CHARACTERS} are allowed; use --raw"
+            f"the model's chat template adds {added} characters, more than {MAX_TEMPLATE_CHARACTERS}; use --raw"
         )
     return rendered
 
@@ -199,14 +203,3 @@ def _question_end(tokenizer: Any, rendered: str, prompt: str, system: str | None
         if content in rendered:
             return rendered.rindex(content) + len(content)
     return len(rendered)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers announces on import that PyTorch is missing, and more; none of it concerns the user."""
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
-    try:
-        yield
-    finally:
-        logging.disable(before)

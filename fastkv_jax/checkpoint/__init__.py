@@ -41,9 +41,11 @@ def resolve(source: str | os.PathLike[str], *, progress: bool = False) -> Resolv
     Raises `CheckpointError` for anything else.
     """
     text = os.fspath(source)
-    path = epath.Path(text)
     if not text or "\0" in text:
         raise CheckpointError(f"model {text!r} is not a path or name; {_allowed()}")
+    if "://" in text:
+        return _resolve_remote(text)
+    path = epath.Path(text)
     if path.is_dir():
         return _resolve_folder(path)
     if path.is_file():
@@ -111,12 +113,21 @@ def _allowed() -> str:
     )
 
 
+def _resolve_remote(url: str) -> Resolved:
+    try:
+        path = epath.Path(url)
+        if orbax.is_ours(path):
+            return Resolved("orbax", path, path.name)
+    except Exception as error:  # each storage library has its own
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"cannot reach {url}: {cause[:300]}") from error
+    raise CheckpointError(f"{url} is not a converted checkpoint, and nothing else is read from remote storage; copy it")
+
+
 def _resolve_folder(path: epath.Path) -> Resolved:
     name = path.name or path.resolve().name
     if orbax.is_ours(path):
         return Resolved("orbax", path, name)
-    if "://" in os.fspath(path):
-        raise CheckpointError(f"{path}: only converted checkpoints are read from remote storage; copy the folder first")
     if (path / "config.json").exists() or any(entry.suffix == ".safetensors" for entry in path.iterdir()):
         return Resolved("hugging_face", path, name)
     ggufs = sorted(entry.name for entry in path.iterdir() if entry.suffix == ".gguf")
@@ -150,4 +161,6 @@ def _download(name: str, progress: bool) -> str:
         return snapshot_download(name, allow_patterns=list(HUB_PATTERNS), ignore_patterns=skipped, tqdm_class=Bar)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{name!r} is no local folder, and the Hugging Face Hub says: {cause[:300]}; {_allowed()}") from error
+        raise CheckpointError(
+            f"{name!r} is no local folder, and the Hugging Face Hub says: {cause[:300]}; {_allowed()}"
+        ) from error

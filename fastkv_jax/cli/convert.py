@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from fastkv_jax.errors import CheckpointError, FastKVConfigError
 
-OK, FAILED, USAGE, BAD_MODEL = 0, 1, 2, 3
+OK, FAILED, USAGE, BAD_MODEL, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(error, BAD_MODEL)
     except FastKVConfigError as error:
         return _report(error, USAGE)
+    except KeyboardInterrupt:
+        return _report("interrupted", INTERRUPTED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _report(f"{where}{error.strerror or error}", FAILED)

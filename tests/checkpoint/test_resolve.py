@@ -1,5 +1,6 @@
 """What a source may be, the known models, and the command that converts."""
 
+import errno
 import hashlib
 import subprocess
 import sys
@@ -26,6 +27,17 @@ def test_kinds(tmp_path, tiny):
 def test_unknown(source):
     with pytest.raises(CheckpointError, match="allowed: .*smollm2-135m") as error:
         resolve(source)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["gs://bucket-of-nobody/model", "http://localhost:1/model", "nonsense://x"])
+def test_remote_storage_that_cannot_be_reached(url, monkeypatch):
+    def unreachable(folder):
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr("fastkv_jax.checkpoint.orbax.is_ours", unreachable)
+    with pytest.raises(CheckpointError, match=f"cannot reach {url}") as error:
+        resolve(url)
     assert "\n" not in str(error.value)
 
 
@@ -180,7 +192,11 @@ def test_convert_exit_codes(tmp_path, tiny, capsys, monkeypatch):
     assert code("nothing", str(tmp_path / "x")) == 3
     assert code(folder) == 2
     assert code(folder, str(tmp_path / "x"), "--dtype", "int4") == 2
-    monkeypatch.setattr("fastkv_jax.checkpoint.orbax._check_space", lambda *a: (_ for _ in ()).throw(OSError(28, "full")))
+
+    def full(model, folder):
+        raise OSError(errno.ENOSPC, "disk full")
+
+    monkeypatch.setattr("fastkv_jax.checkpoint.orbax._check_space", full)
     assert code(folder, str(tmp_path / "x"), "--quiet") == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
     assert len([line for line in lines if line.startswith("error: ")]) == 5

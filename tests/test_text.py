@@ -1,0 +1,334 @@
+"""Tokenizers against recorded ids, chat prompts, and the two streams."""
+
+import json
+import unicodedata
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from fastkv_jax import text
+from fastkv_jax.checkpoint import inspect
+from fastkv_jax.errors import CheckpointError, FastKVConfigError, InputError
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "real" / "tokenizer.json").read_text())
+TAIL = "<|im_end|>\n<|im_start|>assistant\n"
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_path):
+    return text.load_tokenizer(smollm2_path)
+
+
+def small_tokenizer(template=CHATML, **names):
+    """One token per byte, and ChatML's markers."""
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **names)
+
+
+def test_recorded_ids(smollm2):
+    for case in GOLDEN["encode"]:
+        assert smollm2(case["text"], add_special_tokens=False)["input_ids"] == case["ids"], case["text"]
+        assert text.encode_raw(smollm2, case["text"]) == case["ids"]
+
+
+def test_recorded_chats(smollm2):
+    assert text.has_chat_template(smollm2)
+    for case in GOLDEN["chat"]:
+        rendered = smollm2.apply_chat_template(case["messages"], tokenize=False, add_generation_prompt=True)
+        assert rendered == case["text"]
+
+
+def test_nothing_is_printed(smollm2_path, tmp_path):
+    import subprocess
+    import sys
+
+    (tmp_path / "config.json").write_text("{}")
+    code = f"""
+import fastkv_jax.text as t
+k = t.load_tokenizer({str(smollm2_path)!r})
+k.save_pretrained({str(tmp_path)!r})
+t.encode_raw(t.load_tokenizer({str(tmp_path)!r}), 'word ' * 20000)
+"""
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_vocabulary(smollm2, smollm2_path):
+    import dataclasses
+
+    config = inspect(smollm2_path)
+    text.check_vocabulary(smollm2, config)
+    with pytest.raises(CheckpointError, match="49152 ids.*only 49000 rows"):
+        text.check_vocabulary(smollm2, dataclasses.replace(config, vocab_size=49000))
+
+
+@pytest.mark.parametrize(
+    "prompt", ["What is 2+2?", "assistant", "question", " spaced \n", "\n.", "user", "<|im_end|>", "é😀"]
+)
+@pytest.mark.parametrize("system", [None, "Be brief, question or not."])
+@pytest.mark.parametrize("prefill", [None, "The answer is"])
+def test_window_end(smollm2, prompt, system, prefill):
+    chat = text.encode_chat(smollm2, prompt, system, prefill)
+    assert smollm2.decode(chat.token_ids[-chat.window_end :]) == TAIL + (prefill or "")
+    head = smollm2.decode(chat.token_ids[: -chat.window_end])
+    assert head.endswith("<|im_start|>user\n" + prompt) and (system is None or system in head)
+
+
+def test_window_end_when_the_template_strips():
+    tokenizer = small_tokenizer(CHATML.replace("m['content']", "m['content'].strip()"))
+    chat = text.encode_chat(tokenizer, "  hello  ")
+    assert tokenizer.decode(chat.token_ids[-chat.window_end :]) == TAIL
+    assert tokenizer.decode(chat.token_ids[: -chat.window_end]).endswith("user\nhello")
+
+
+def test_window_end_when_the_tail_depends_on_the_question():
+    changed = "'<|im_end|>' + ('!' if 'hard' in m['content'] else '?') + '\n'"
+    tokenizer = small_tokenizer(CHATML.replace("'<|im_end|>' + '\n'", changed))
+    chat = text.encode_chat(tokenizer, "a hard one")
+    assert tokenizer.decode(chat.token_ids[-chat.window_end :]) == "<|im_end|>!\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (None, "no chat template"),
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{{ 'a' * 10**7 }}", "adds"),
+        ("{{ range(10**9) | list }}", "failed"),
+        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "failed"),
+        ("{% if %}", "failed"),
+    ],
+)
+def test_bad_templates(template, words):
+    with pytest.raises(InputError, match=words):
+        text.encode_chat(small_tokenizer(template), "hello", "system")
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_empty_prompt(prompt):
+    with pytest.raises(InputError, match="prompt is empty"):
+        text.encode_chat(small_tokenizer(), prompt)
+
+
+def write_tokenizer_gguf(path, model, tokens, kinds, change=lambda writer: None, scores=None, merges=None, pre="gpt-2"):
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model(model)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    if scores is not None:
+        writer.add_token_scores(scores)
+    if merges is not None:
+        writer.add_token_merges(merges)
+        writer.add_tokenizer_pre(pre)
+    change(writer)
+    writer.add_tensor("x", np.zeros(1, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def byte_level(path, change=lambda writer: None, pre="gpt-2", merges=("a b", "ab c", "1 2"), extra=()):
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "abc", "12", "<s>", "</s>", *extra]
+    return write_tokenizer_gguf(path, "gpt2", tokens, [1] * 259 + [3, 3] + [4] * len(extra), change, None, merges, pre)
+
+
+def names_and_bos(writer):
+    writer.add_bos_token_id(259)
+    writer.add_eos_token_id(260)
+
+
+def test_bos_rules(tmp_path):
+    def asked(writer):
+        names_and_bos(writer)
+        writer.add_add_bos_token(True)
+
+    with_bos = text.load_tokenizer(byte_level(tmp_path / "a.gguf", asked))
+    without = text.load_tokenizer(byte_level(tmp_path / "b.gguf", names_and_bos))
+    by_habit = text.load_tokenizer(byte_level(tmp_path / "c.gguf", names_and_bos, pre="llama-bpe"))
+    for tokenizer in (with_bos, by_habit):
+        assert text.encode_raw(tokenizer, "abc") == [259, 257] == text.encode_raw(tokenizer, "<s>abc")
+    assert text.encode_raw(without, "abc") == [257] and text.encode_raw(without, "<s>abc") == [259, 257]
+    with_bos.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}."
+    assert text.encode_chat(with_bos, "abc").token_ids[:2] == [259, 257]
+    assert text.encode_raw(without, "") == []
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "default", "smollm", "llama-bpe", "qwen2", "tekken"])
+def test_pre_tokenizers_are_lossless(tmp_path, pre):
+    tokenizer = text.load_tokenizer(byte_level(tmp_path / "m.gguf", pre=pre))
+    for sample in (case["text"] for case in GOLDEN["encode"]):
+        ids = tokenizer(sample, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == (unicodedata.normalize("NFC", sample) if pre == "qwen2" else sample)
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("gpt-2", ["I", "'m", " 1234567", "!?", " ok", "\n\n"]),
+        ("smollm", ["I", "'m", " ", *"1234567", "!?", " ok", "\n\n"]),
+        ("llama-bpe", ["I", "'m", " ", "123", "456", "7", "!?", " ok", "\n\n"]),
+        ("qwen2", ["I", "'m", " ", *"1234567", "!?", " ok", "\n\n"]),
+        ("tekken", ["I", "'m", " ", *"1234567", "!?", " ok", "\n\n"]),
+        ("default", ["I", "'", "m", " ", "123", "456", "7", "!?", " ok", "\n\n"]),
+    ],
+)
+def test_pre_tokenizer_pieces(tmp_path, pre, pieces):
+    tokenizer = text.load_tokenizer(byte_level(tmp_path / "m.gguf", pre=pre)).backend_tokenizer
+    sample = "I'm 1234567!? ok\n\n"
+    found = [sample[first:last] for _, (first, last) in tokenizer.pre_tokenizer.pre_tokenize_str(sample)]
+    assert found == pieces
+
+
+def test_user_defined_tokens(tmp_path):
+    tokenizer = text.load_tokenizer(byte_level(tmp_path / "m.gguf", extra=["<think>"]))
+    assert text.encode_raw(tokenizer, "a<think>") == [text.encode_raw(tokenizer, "a")[0], 261]
+    assert tokenizer.decode([261], skip_special_tokens=True) == "<think>"
+    assert tokenizer.decode([260], skip_special_tokens=True) == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"pre": "mystery"}, "tokenizer.ggml.pre 'mystery'"),
+        ({"merges": ("a ☃",)}, "merges do not fit"),
+        ({"change": lambda w: w.add_bos_token_id(999)}, "bos_token_id 999"),
+        ({"extra": ["ab"]}, "duplicates"),
+    ],
+)
+def test_bad_gguf_tokenizers(tmp_path, arguments, words):
+    with pytest.raises(CheckpointError, match=words):
+        text.load_tokenizer(byte_level(tmp_path / "m.gguf", **arguments))
+
+
+def sentencepiece(path, change=lambda writer: None):
+    pieces = ["▁", "a", "b", "c", "ab", "abc", "▁a", "▁ab", "▁abc", "bc"]
+    scores = [-9.0, -9.0, -9.0, -9.0, -1.0, -3.0, -2.0, -1.5, -4.0, -2.5]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *pieces]
+
+    def all_changes(writer):
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_unk_token_id(0)
+        change(writer)
+
+    kinds = [2, 3, 3] + [6] * 256 + [1] * len(pieces)
+    return write_tokenizer_gguf(path, "llama", tokens, kinds, all_changes, [0.0] * 259 + scores)
+
+
+def test_sentencepiece(tmp_path):
+    """Merges in the order of their scores; unknown characters as bytes; the space in front comes and goes."""
+    tokenizer = text.load_tokenizer(sentencepiece(tmp_path / "m.gguf"))
+    names = tokenizer.convert_ids_to_tokens
+    assert names(text.encode_raw(tokenizer, "abc bc")) == ["<s>", "▁abc", "▁", "bc"]
+    assert names(text.encode_raw(tokenizer, "aé")) == ["<s>", "▁a", "<0xC3>", "<0xA9>"]
+    for sample in ("abc bc", " a", "é😀 a", "a  b"):
+        ids = text.encode_raw(tokenizer, sample)
+        assert tokenizer.decode(ids, skip_special_tokens=True) == sample
+        stream = text.TextStream(tokenizer)
+        assert "".join(stream.push(i) for i in ids) + stream.flush() == sample
+
+
+def test_sentencepiece_without_prefix_space(tmp_path):
+    path = sentencepiece(tmp_path / "m.gguf", lambda writer: writer.add_add_space_prefix(False))
+    tokenizer = text.load_tokenizer(path)
+    assert tokenizer.convert_ids_to_tokens(text.encode_raw(tokenizer, "abc a")) == ["<s>", "abc", "▁a"]
+
+
+def test_folders(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}))
+    with pytest.raises(CheckpointError, match="no usable tokenizer"):
+        text.load_tokenizer(tmp_path)
+    small_tokenizer().save_pretrained(tmp_path)
+    assert text.encode_raw(text.load_tokenizer(tmp_path), "a") == text.encode_raw(small_tokenizer(), "a")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError) as error:
+        text.load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_custom_code_is_refused(tmp_path):
+    marker = tmp_path / "ran"
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "own"}))
+    settings_ = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings_))
+    (model / "own.py").write_text(f"open({str(marker)!r}, 'w')\nclass Own: pass\n")
+    with pytest.raises(CheckpointError, match="--trust-remote-code"):
+        text.load_tokenizer(model)
+    assert not marker.exists()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=20))
+def test_stream_is_exact(sample):
+    tokenizer = small_tokenizer()
+    ids = text.encode_raw(tokenizer, sample)
+    stream = text.TextStream(tokenizer)
+    pieces = [stream.push(i) for i in ids]
+    assert "".join(pieces) == sample and stream.flush() == ""
+    assert all("\ufffd" not in piece or "\ufffd" in sample for piece in pieces)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 257), max_size=12))
+def test_stream_of_any_bytes(ids):
+    tokenizer = small_tokenizer()
+    stream = text.TextStream(tokenizer)
+    out = "".join(stream.push(i) for i in ids) + stream.flush()
+    assert out == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def cut_by_hand(whole, stops):
+    """Character by character: stop as soon as a stop string is complete, drop it (the longest, if several are)."""
+    for end in range(len(whole) + 1):
+        complete = [len(stop) for stop in stops if whole[:end].endswith(stop)]
+        if complete:
+            return whole[: end - max(complete)], True
+    return whole, False
+
+
+words = st.text("abc", min_size=1, max_size=4)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(words, max_size=3), st.lists(st.text("abc", max_size=5), max_size=6))
+def test_stop_matcher(stops, pieces):
+    matcher, printed, stopped = text.StopMatcher(stops), "", False
+    for i, piece in enumerate(pieces):
+        safe, stopped = matcher.push(piece)
+        printed += safe
+        rest = "".join(pieces[: i + 1])
+        # What is printed is never taken back, and no more is held than could begin a stop string.
+        assert rest.startswith(printed)
+        if not stopped:
+            assert len(rest) - len(printed) < max(map(len, stops), default=1)
+    printed += matcher.flush()
+    assert (printed, stopped) == cut_by_hand("".join(pieces), stops)
+
+
+def test_after_a_stop_nothing_comes():
+    matcher = text.StopMatcher(["##"])
+    assert matcher.push("a#") == ("a", False)
+    assert matcher.push("#b") == ("", True)
+    assert matcher.push("c") == ("", True) and matcher.flush() == ""
+    with pytest.raises(FastKVConfigError, match="empty"):
+        text.StopMatcher(["a", ""])
