@@ -1,0 +1,165 @@
+"""What every command shares: one-line errors, exit codes, the choice of the platform, the compile cache."""
+
+import argparse
+import difflib
+import os
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+OK, FAILED, USAGE, BAD_MODEL, DEVICE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 130, 143
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags in both spellings, --like-this and --like_this; every complaint is one line that starts with `error:`."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with exit code 2."""
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(USAGE)
+
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """The flags, or an error that proposes the flag that was meant."""
+        words = [_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
+        options, unknown = self.parse_known_args(words)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+            self.error(f"unknown argument {unknown[0]!r}" + (f"; did you mean {close[0]}?" if close else "; see --help"))
+        return options
+
+
+def _hyphens(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that runs a model."""
+    group = parser.add_argument_group("device and reports")
+    group.add_argument("--platform", choices=("auto", *PLATFORMS), default="auto", help="never a silent fall back to CPU (default: auto)")
+    group.add_argument("--mem-fraction", type=float, metavar="F", help="share of GPU memory JAX may take, in (0, 1] (JAX's default: 0.75)")
+    group.add_argument("--no-compile-cache", action="store_true", help="do not keep compiled programs in the user's cache folder")
+    group.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
+    group.add_argument("-v", "--verbose", action="store_true", help="log every compilation")
+    group.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def choose_platform(options: argparse.Namespace) -> str:
+    """Set JAX up for the platform asked for and return the one in use: cpu, gpu or tpu. `BackendError` if it is not there."""
+    from fastkv_jax.errors import BackendError, FastKVConfigError
+
+    wanted, present = options.platform, os.environ.get("JAX_PLATFORMS", "")
+    if options.mem_fraction is not None:
+        if not 0 < options.mem_fraction <= 1:
+            raise FastKVConfigError(f"--mem-fraction must be in (0, 1], got {options.mem_fraction}")
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(options.mem_fraction)
+    if wanted != "auto":
+        if present and present not in (PLATFORMS[wanted], wanted):
+            raise BackendError(f"--platform {wanted} contradicts JAX_PLATFORMS={present} in the environment; drop one")
+        os.environ["JAX_PLATFORMS"] = PLATFORMS[wanted]
+    import jax
+
+    if wanted != "auto":
+        jax.config.update("jax_platforms", PLATFORMS[wanted])  # jax may have been imported before us
+    if options.verbose:
+        jax.config.update("jax_log_compiles", True)
+    try:
+        name = jax.devices()[0].platform
+    except (RuntimeError, AssertionError) as error:  # what JAX raises depends on the plugin that is missing
+        raise BackendError(_no_device(wanted, present, error)) from error
+    found = "gpu" if name in ("gpu", "cuda", "rocm") else name
+    if wanted not in ("auto", found):
+        raise BackendError(f"--platform {wanted}, but JAX found only {found}")
+    return found
+
+
+def _no_device(wanted: str, present: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    if wanted == "gpu" or (wanted == "auto" and present in ("cuda", "gpu")):
+        return f"no CUDA device visible to JAX (nvidia-smi: found {_gpus()}). Install fastkv-jax[cuda13]"
+    if wanted == "tpu" or (wanted == "auto" and present == "tpu"):
+        return f"no TPU visible to JAX ({reason or 'no reason given'}). Install fastkv-jax[tpu] on a TPU VM, one process per TPU"
+    return f"JAX found no device for JAX_PLATFORMS={present!r}: {reason or type(error).__name__}"
+
+
+def _gpus() -> int:
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def use_compile_cache() -> None:
+    """Keep compiled programs between runs, in a folder only this user can write: JAX trusts what it finds there."""
+    import jax
+
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = (home if home.is_absolute() else Path.home() / ".cache") / "fastkv_jax" / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)
+    except OSError:
+        return  # a read-only home costs compile time, nothing else
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def run(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """Run a command; turn what it raises into one line on stderr and an exit code."""
+    from fastkv_jax.errors import BackendError, CheckpointError, FastKVConfigError, InputError
+
+    warnings.showwarning = _show_warning
+    try:
+        return command(options)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
+        return OK
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED, options)
+    except Terminated:
+        return _fail("terminated", TERMINATED, options)
+    except (FastKVConfigError, InputError) as error:
+        return _fail(error, USAGE, options)
+    except CheckpointError as error:
+        return _fail(error, BAD_MODEL, options)
+    except BackendError as error:
+        return _fail(error, DEVICE, options)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", FAILED, options)
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            first = str(error).strip().splitlines()[0]
+            return _fail(
+                f"out of device memory: {first}. Use a shorter prompt, --dtype bfloat16, or a method that keeps less",
+                DEVICE, options,
+            )
+        if options.debug:
+            raise
+        return _fail(f"{type(error).__name__}: {error} (this is a bug; --debug shows where)", FAILED, options)
+
+
+def _fail(error: object, code: int, options: argparse.Namespace) -> int:
+    if options.debug and isinstance(error, Exception):
+        traceback.print_exception(error)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)

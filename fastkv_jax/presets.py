@@ -1,0 +1,91 @@
+"""Settings by name: what configs/ says about a model or a protocol, and how a caller's own settings replace them."""
+
+import dataclasses
+import importlib.resources
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import yaml
+
+from fastkv_jax.errors import FastKVConfigError
+from fastkv_jax.methods import METHODS, Method
+
+PARTNERS = {"tsp_rate": "tsp_length", "tsp_length": "tsp_rate", "retention_rate": "capacity", "capacity": "retention_rate"}
+_FOLDERS = ("models", "methods")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Named settings. `window_end` says whether the observation window ends at the question or with the prompt."""
+
+    name: str
+    window_end: Literal["question", "prompt"]
+    settings: Mapping[str, Any]  # fields of methods' dataclasses; a tsp_layer of None means layers/2 - 1
+
+    def describe(self, method: str, built: Method) -> str:
+        """One line for people: the settings in force."""
+        fields = {field: getattr(built, field) for field in settings_of(method)}
+        given = " ".join(f"{field}={value}" for field, value in fields.items() if value is not None)
+        return f"{self.name}: {method} {given}".rstrip() + f", window ends with the {self.window_end}"
+
+
+def names() -> list[str]:
+    """Every preset that `load` knows."""
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for folder in _FOLDERS
+        for entry in _configs().joinpath(folder).iterdir()
+        if entry.name.endswith(".yaml")
+    )
+
+
+def load(name: str) -> Preset:
+    """The preset called `name`, or `FastKVConfigError` with the names there are."""
+    for folder in _FOLDERS:
+        file = _configs().joinpath(folder, f"{name}.yaml")
+        if name in names() and file.is_file():
+            preset = dict(yaml.safe_load(file.read_text(encoding="utf-8"))["preset"])
+            return Preset(name, preset.pop("window_end"), preset)
+    raise FastKVConfigError(f"unknown preset {name!r}; there are: {', '.join(names())}")
+
+
+def for_model(model: str) -> Preset:
+    """The preset of a model by its short name or Hub id; "default" for a model nobody has measured."""
+    for entry in _configs().joinpath("models").iterdir():
+        name = entry.name.removesuffix(".yaml")
+        source = yaml.safe_load(entry.read_text(encoding="utf-8"))["source"]
+        if model.lower() in (name, str(source.get("hub")).lower()):
+            return load(name)
+    return load("default")
+
+
+def settings_of(method: str) -> tuple[str, ...]:
+    """The settings a method takes, in the order of its dataclass."""
+    return tuple(field.name for field in dataclasses.fields(METHODS[method]) if field.name != "published")
+
+
+def build(method: str, preset: Preset, given: Mapping[str, Any], num_layers: int) -> Method:
+    """The method with a preset's settings, each replaced, partner included, where `given` has one.
+
+    Raises `FastKVConfigError` for a setting the method does not have, both of a pair, or values that cannot work.
+    """
+    fields = settings_of(method)
+    for name, value in given.items():
+        flag, partner = f"--{name.replace('_', '-')}", PARTNERS.get(name)
+        if name not in fields:
+            raise FastKVConfigError(f"{flag} {value} is not a setting of method {method!r}")
+        if partner in given:
+            other = f"--{partner.replace('_', '-')}"
+            raise FastKVConfigError(f"{flag} {value} and {other} {given[partner]} exclude each other; give one")
+    kept = {name: value for name, value in preset.settings.items() if PARTNERS.get(name) not in given}
+    settings = {name: value for name, value in {**kept, **given}.items() if name in fields}
+    if "tsp_layer" in fields and settings.get("tsp_layer") is None:
+        settings["tsp_layer"] = max(num_layers // 2 - 1, 0)
+    built = METHODS[method](**settings)
+    built.check(num_layers)
+    return built
+
+
+def _configs() -> Any:
+    return importlib.resources.files("fastkv_jax") / "configs"
