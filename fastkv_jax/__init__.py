@@ -6,11 +6,15 @@ V vocabulary, C capacity, M new tokens, W window. Arrays are laid out [B, heads,
 """
 
 from fastkv_jax.buckets import pad_batch
+from fastkv_jax.checkpoint import load_model
 from fastkv_jax.config import LlamaConfig
 from fastkv_jax.errors import BackendError, CheckpointError, FastKVConfigError, InputError
 from fastkv_jax.inference import decode_step, generate, prefill
 from fastkv_jax.methods import METHODS, FastKV, FullKV
 from fastkv_jax.sampling import Greedy, Sample
+
+from fastkv_jax.stream import stream
+from fastkv_jax.text import load_tokenizer
 
 __version__ = "0.1.0"
 
@@ -27,6 +31,9 @@ __all__ = [
     "Sample",
     "decode_step",
     "generate",
+    "load_model",
+    "load_tokenizer",
     "pad_batch",
     "prefill",
+    "stream",
 ]

@@ -65,10 +65,10 @@ def settings_of(method: str) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(METHODS[method]) if field.name != "published")
 
 
-def build(method: str, preset: Preset, given: Mapping[str, Any], num_layers: int) -> Method:
+def build(method: str, preset: Preset, given: Mapping[str, Any], num_layers: int | None) -> Method:
     """The method with a preset's settings, each replaced, partner included, where `given` has one.
 
-    Raises `FastKVConfigError` for a setting the method does not have, both of a pair, or values that cannot work.
+    `num_layers` None checks the settings alone, before the model is known. Raises `FastKVConfigError` for a setting the method does not have, both of a pair, or values that cannot work.
     """
     fields = settings_of(method)
     for name, value in given.items():
@@ -81,9 +81,10 @@ def build(method: str, preset: Preset, given: Mapping[str, Any], num_layers: int
     kept = {name: value for name, value in preset.settings.items() if PARTNERS.get(name) not in given}
     settings = {name: value for name, value in {**kept, **given}.items() if name in fields}
     if "tsp_layer" in fields and settings.get("tsp_layer") is None:
-        settings["tsp_layer"] = max(num_layers // 2 - 1, 0)
+        settings["tsp_layer"] = max((num_layers or 0) // 2 - 1, 0)
     built = METHODS[method](**settings)
-    built.check(num_layers)
+    if num_layers is not None:
+        built.check(num_layers)
     return built
 
 

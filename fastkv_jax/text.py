@@ -20,11 +20,37 @@ MAX_TEMPLATE_CHARACTERS = 1_000_000
 
 
 @dataclass(frozen=True)
-class ChatPrompt:
-    """A prompt through the chat template. `window_end` counts the tokens after the end of the user's question."""
+class EncodedPrompt:
+    """A prompt as token ids: the user's words are [first, end), the template's tokens surround them.
+
+        <|im_start|> user \\n  Who ?  <|im_end|> \\n <|im_start|> assistant \\n      first 3, end 5, window_end 5
+    """
 
     token_ids: list[int]
-    window_end: int
+    first: int
+    end: int
+
+    @property
+    def window_end(self) -> int:
+        """Tokens that follow the question."""
+        return len(self.token_ids) - self.end
+
+    def truncated(self, limit: int, side: str) -> "EncodedPrompt":
+        """At most `limit` tokens, by cutting the user's words at their "left", "right" or in the "middle".
+
+        Raises `InputError` if the template alone is longer.
+        """
+        excess = len(self.token_ids) - limit
+        if excess <= 0:
+            return self
+        words = self.token_ids[self.first : self.end]
+        room = len(words) - excess
+        if room < 1:
+            raise InputError(f"the template alone has {len(self.token_ids) - len(words)} tokens; {limit} are allowed")
+        front = {"left": 0, "right": room, "middle": (room + 1) // 2}[side]
+        words = words[:front] + words[len(words) - (room - front) :]
+        ids = self.token_ids[: self.first] + words + self.token_ids[self.end :]
+        return EncodedPrompt(ids, self.first, self.first + room)
 
 
 def load_tokenizer(source: str | os.PathLike[str] | Resolved) -> Any:
@@ -54,16 +80,26 @@ def has_chat_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def encode_raw(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text without a template: with BOS if the tokenizer adds it, once even if the text brings its own."""
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
-    return ids[1:] if ids[:1] == ids[1:2] == [tokenizer.bos_token_id] else ids
+def encode_raw(tokenizer: Any, text: str, *, split_special_tokens: bool = False) -> EncodedPrompt:
+    """A text without a template: with BOS if the tokenizer adds it, once even if the text brings its own."""
+    with _splitting(tokenizer, split_special_tokens):
+        ids = list(tokenizer(text, verbose=False)["input_ids"])
+    ids = ids[1:] if ids[:1] == ids[1:2] == [tokenizer.bos_token_id] else ids
+    return EncodedPrompt(ids, 0, len(ids))
 
 
-def encode_chat(tokenizer: Any, prompt: str, system: str | None = None, prefill: str | None = None) -> ChatPrompt:
-    """The ids of a one-question chat, ready for the answer, which starts with `prefill` if that is given.
+def encode_chat(
+    tokenizer: Any,
+    prompt: str,
+    system: str | None = None,
+    prefill: str | None = None,
+    *,
+    split_special_tokens: bool = False,
+) -> EncodedPrompt:
+    """A one-question chat, ready for the answer, which starts with `prefill` if that is given.
 
-    Raises `InputError` if there is no template, or it refuses the messages, or it renders too much.
+    Texts of special tokens in the prompt become those tokens, as everywhere in the field, unless
+    `split_special_tokens`. Raises `InputError` if there is no template, or it refuses the messages, or renders too much.
     """
     if not has_chat_template(tokenizer):
         raise InputError("this tokenizer has no chat template; use --raw")
@@ -71,10 +107,21 @@ def encode_chat(tokenizer: Any, prompt: str, system: str | None = None, prefill:
         raise InputError("prompt is empty")
     rendered = _render(tokenizer, prompt, system)
     end = _question_end(tokenizer, rendered, prompt, system)
+    first = next((end - len(text) for text in (prompt, prompt.strip()) if rendered[:end].endswith(text)), 0)
     text = rendered + (prefill or "")
+
     # The template writes BOS itself where the model wants one.
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return ChatPrompt(list(encoded["input_ids"]), sum(start >= end for start, _ in encoded["offset_mapping"]))
+    def encode(part: str) -> Any:
+        return tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+
+    if split_special_tokens:
+        head, tail = encode(text[:first])["input_ids"], encode(text[end:])["input_ids"]
+        with _splitting(tokenizer, True):
+            words = encode(text[first:end])["input_ids"]
+        return EncodedPrompt([*head, *words, *tail], len(head), len(head) + len(words))
+    encoded = encode(text)
+    starts = [start for start, _ in encoded["offset_mapping"]]
+    return EncodedPrompt(list(encoded["input_ids"]), sum(s < first for s in starts), sum(s < end for s in starts))
 
 
 class TextStream:

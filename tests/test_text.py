@@ -43,7 +43,7 @@ def small_tokenizer(template=CHATML, **names):
 def test_recorded_ids(smollm2):
     for case in GOLDEN["encode"]:
         assert smollm2(case["text"], add_special_tokens=False)["input_ids"] == case["ids"], case["text"]
-        assert text.encode_raw(smollm2, case["text"]) == case["ids"]
+        assert text.encode_raw(smollm2, case["text"]).token_ids == case["ids"]
 
 
 def test_recorded_chats(smollm2):
@@ -164,11 +164,11 @@ def test_bos_rules(tmp_path):
     without = text.load_tokenizer(byte_level(tmp_path / "b.gguf", names_and_bos))
     by_habit = text.load_tokenizer(byte_level(tmp_path / "c.gguf", names_and_bos, pre="llama-bpe"))
     for tokenizer in (with_bos, by_habit):
-        assert text.encode_raw(tokenizer, "abc") == [259, 257] == text.encode_raw(tokenizer, "<s>abc")
-    assert text.encode_raw(without, "abc") == [257] and text.encode_raw(without, "<s>abc") == [259, 257]
+        assert text.encode_raw(tokenizer, "abc").token_ids == [259, 257] == text.encode_raw(tokenizer, "<s>abc").token_ids
+    assert text.encode_raw(without, "abc").token_ids == [257] and text.encode_raw(without, "<s>abc").token_ids == [259, 257]
     with_bos.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}."
     assert text.encode_chat(with_bos, "abc").token_ids[:2] == [259, 257]
-    assert text.encode_raw(without, "") == []
+    assert text.encode_raw(without, "").token_ids == []
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "default", "smollm", "llama-bpe", "qwen2", "tekken"])
@@ -199,7 +199,7 @@ def test_pre_tokenizer_pieces(tmp_path, pre, pieces):
 
 def test_user_defined_tokens(tmp_path):
     tokenizer = text.load_tokenizer(byte_level(tmp_path / "m.gguf", extra=["<think>"]))
-    assert text.encode_raw(tokenizer, "a<think>") == [text.encode_raw(tokenizer, "a")[0], 261]
+    assert text.encode_raw(tokenizer, "a<think>").token_ids == [text.encode_raw(tokenizer, "a").token_ids[0], 261]
     assert tokenizer.decode([261], skip_special_tokens=True) == "<think>"
     assert tokenizer.decode([260], skip_special_tokens=True) == ""
 
@@ -237,10 +237,10 @@ def test_sentencepiece(tmp_path):
     """Merges in the order of their scores; unknown characters as bytes; the space in front comes and goes."""
     tokenizer = text.load_tokenizer(sentencepiece(tmp_path / "m.gguf"))
     names = tokenizer.convert_ids_to_tokens
-    assert names(text.encode_raw(tokenizer, "abc bc")) == ["<s>", "▁abc", "▁", "bc"]
-    assert names(text.encode_raw(tokenizer, "aé")) == ["<s>", "▁a", "<0xC3>", "<0xA9>"]
+    assert names(text.encode_raw(tokenizer, "abc bc").token_ids) == ["<s>", "▁abc", "▁", "bc"]
+    assert names(text.encode_raw(tokenizer, "aé").token_ids) == ["<s>", "▁a", "<0xC3>", "<0xA9>"]
     for sample in ("abc bc", " a", "é😀 a", "a  b"):
-        ids = text.encode_raw(tokenizer, sample)
+        ids = text.encode_raw(tokenizer, sample).token_ids
         assert tokenizer.decode(ids, skip_special_tokens=True) == sample
         stream = text.TextStream(tokenizer)
         assert "".join(stream.push(i) for i in ids) + stream.flush() == sample
@@ -249,7 +249,7 @@ def test_sentencepiece(tmp_path):
 def test_sentencepiece_without_prefix_space(tmp_path):
     path = sentencepiece(tmp_path / "m.gguf", lambda writer: writer.add_add_space_prefix(False))
     tokenizer = text.load_tokenizer(path)
-    assert tokenizer.convert_ids_to_tokens(text.encode_raw(tokenizer, "abc a")) == ["<s>", "abc", "▁a"]
+    assert tokenizer.convert_ids_to_tokens(text.encode_raw(tokenizer, "abc a").token_ids) == ["<s>", "abc", "▁a"]
 
 
 def test_folders(tmp_path):
@@ -257,7 +257,7 @@ def test_folders(tmp_path):
     with pytest.raises(CheckpointError, match="no usable tokenizer"):
         text.load_tokenizer(tmp_path)
     small_tokenizer().save_pretrained(tmp_path)
-    assert text.encode_raw(text.load_tokenizer(tmp_path), "a") == text.encode_raw(small_tokenizer(), "a")
+    assert text.encode_raw(text.load_tokenizer(tmp_path), "a").token_ids == text.encode_raw(small_tokenizer(), "a").token_ids
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError) as error:
         text.load_tokenizer(tmp_path)
@@ -281,7 +281,7 @@ def test_custom_code_is_refused(tmp_path):
 @given(st.text(max_size=20))
 def test_stream_is_exact(sample):
     tokenizer = small_tokenizer()
-    ids = text.encode_raw(tokenizer, sample)
+    ids = text.encode_raw(tokenizer, sample).token_ids
     stream = text.TextStream(tokenizer)
     pieces = [stream.push(i) for i in ids]
     assert "".join(pieces) == sample and stream.flush() == ""

@@ -51,6 +51,8 @@ def resolve(source: str | os.PathLike[str], *, progress: bool = False) -> Resolv
     if path.is_file():
         return _resolve_file(path)
     if text in known_models.names():
+        if (hub := known_models.hub_id(text)) is not None:
+            return Resolved("hugging_face", epath.Path(_download(hub, progress)), text)
         return Resolved("gguf", epath.Path(known_models.fetch(text, quiet=not progress)), text)
     if _HUB_ID.fullmatch(text) and not text.endswith((".gguf", ".safetensors")):
         return Resolved("hugging_face", epath.Path(_download(text, progress)), text)

@@ -36,14 +36,14 @@ def names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
 
 
+def hub_id(name: str) -> str | None:
+    """The Hub id that a short name stands for, None if it stands for a package."""
+    return _read(name)["source"].get("hub")
+
+
 def source(name: str) -> Source:
-    """Where a known model comes from."""
+    """The package a known model comes from."""
     return Source(**_read(name)["source"])
-
-
-def preset(name: str) -> dict[str, Any]:
-    """The settings measured to work for a known model; empty if there are none."""
-    return _read(name).get("preset") or {}
 
 
 def fetch(name: str, *, quiet: bool = False) -> Path:

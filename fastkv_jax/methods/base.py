@@ -168,3 +168,24 @@ def observation_window(q: Float[Array, "B H S D"], rows: Rows, window_size: int)
     """The queries of the last `window_size` columns before `rows.stop`."""
     columns = jnp.maximum(rows.stop[:, None] - window_size + jnp.arange(window_size), 0)
     return jnp.take_along_axis(q, columns[:, None, :, None], axis=2)
+
+
+class Kept(NamedTuple):
+    """What one prompt really gets in a run of layers, for people to read."""
+
+    first: int
+    last: int
+    tokens: int
+    kept: int
+
+
+def effective_budgets(method: Method, n: int, window_end: int, num_layers: int) -> list[Kept]:
+    """The exact budgets of a prompt of n tokens whose window ends `window_end` tokens before its end."""
+    protected = method.window_size + window_end if method.window_size else 0
+    runs, tokens = [], n
+    for segment in check_plan(method.plan(np.array([n]), num_layers), num_layers):
+        tokens = n if segment.tokens[0] == n else min(tokens, max(int(segment.tokens[0]), protected))
+        kept = min(tokens, max(int(segment.kept[0]), protected))
+        if segment.first < segment.stop:
+            runs.append(Kept(segment.first, segment.stop - 1, tokens, kept))
+    return runs

@@ -1,0 +1,24 @@
+"""One name for all commands: fastkv-jax generate, convert, benchmark."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "generate": "answer prompts",
+    "convert": "write a model as this project's own checkpoint",
+    "benchmark": "time prefill and decode against full context",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Hand the arguments to the command named first; it imports only what it needs."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in COMMANDS:
+        return importlib.import_module(f"fastkv_jax.cli.{words[0]}").main(words[1:])
+    listed = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    if words[:1] in ([], ["-h"], ["--help"]):
+        print(f"usage: fastkv-jax COMMAND [flags]; COMMAND --help lists them\n\n{listed}")
+        return 0 if words else 2
+    print(f"error: unknown command {words[0]!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+    return 2

@@ -1,0 +1,183 @@
+"""From a request to an answer: encode, prefill, decode, stop, time. Prints nothing."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from fastkv_jax import inference, text
+from fastkv_jax.buckets import pad_batch
+from fastkv_jax.cli.prompts import Request
+from fastkv_jax.config import LlamaConfig
+from fastkv_jax.errors import InputError
+from fastkv_jax.inputs import check_lengths
+from fastkv_jax.methods import Method
+from fastkv_jax.methods.base import Kept, effective_budgets
+from fastkv_jax.model import Llama
+from fastkv_jax.sampling import Sampler
+
+LONG_PROMPT = 2048  # columns from which a prefill reports its progress
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How requests become tokens."""
+
+    chat: bool
+    max_new_tokens: int
+    max_tokens: int  # prompt and answer together
+    limit_name: str
+    truncate: str | None
+    split_special_tokens: bool
+    window_at_question: bool
+
+
+@dataclass
+class Answer:
+    """What came out for one request; times in seconds, compilation apart."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = "length"
+    prompt_tokens: int = 0
+    bucket: int = 0
+    kept: list[Kept] = field(default_factory=list)
+    compile_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    def timings(self) -> dict[str, float]:
+        """For machine-readable output."""
+        return {name: round(getattr(self, name), 4) for name in ("compile_s", "prefill_s", "decode_s")}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A request as tokens. `window_end` is 0 where the window ends with the prompt; `cut` tokens were truncated."""
+
+    token_ids: list[int]
+    window_end: int
+    cut: int
+
+
+def encode(tokenizer: Any, request: Request, config: LlamaConfig, options: PromptOptions) -> Encoded:
+    """Tokens of a request, checked against the model's context; truncated only where that was asked for."""
+    split = options.split_special_tokens
+    if options.chat:
+        encoded = text.encode_chat(
+            tokenizer, request.prompt, request.system, request.prefill, split_special_tokens=split
+        )
+    else:
+        encoded = text.encode_raw(tokenizer, request.prompt, split_special_tokens=split)
+    length = len(encoded.token_ids)
+    if not length:
+        raise InputError("prompt is empty")
+    if length + options.max_new_tokens > options.max_tokens:
+        if options.truncate is None:
+            raise InputError(
+                f"prompt has {length:,} tokens + {options.max_new_tokens:,} new > {options.max_tokens:,} "
+                f"({options.limit_name}). Use --truncate middle, a shorter prompt, or fewer new tokens."
+            )
+        room = options.max_tokens - options.max_new_tokens
+        if room < 1:
+            raise InputError(f"--max-new-tokens {options.max_new_tokens:,} leaves no room in {options.max_tokens:,}")
+        encoded = encoded.truncated(room, options.truncate)
+    check_lengths(np.array([len(encoded.token_ids)]), config, options.max_new_tokens)
+    window_end = encoded.window_end if options.window_at_question else 0
+    return Encoded(encoded.token_ids, min(window_end, len(encoded.token_ids) - 1), length - len(encoded.token_ids))
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A loaded model with its settings; `answer` runs one request."""
+
+    model: Llama
+    tokenizer: Any
+    method: Method
+    sampler: Sampler
+    seed: int
+    max_new_tokens: int
+    stops: Sequence[str]
+
+    def answer(
+        self,
+        prompt: Encoded,
+        on_text: Callable[[str], object] = lambda piece: None,
+        on_compile: Callable[[str, float], object] = lambda program, seconds: None,
+        progress: Callable[[int], object] | None = None,
+    ) -> Answer:
+        """Run a request; `on_text` gets each piece that is certain. Ctrl-C while decoding ends the answer early."""
+        tokens, start = pad_batch([prompt.token_ids])
+        answer = Answer(prompt_tokens=len(prompt.token_ids), bucket=tokens.shape[1])
+        answer.kept = effective_budgets(
+            self.method, answer.prompt_tokens, prompt.window_end, self.model.config.num_layers
+        )
+        result = self._prefill(answer, tokens, start, prompt.window_end, on_compile, progress)
+        with _Timer() as timer:
+            inference.compile_decode(self.model, result, sampler=self.sampler)
+        answer.compile_s += timer.seconds
+        on_compile("decode", timer.seconds)
+        began = time.perf_counter()
+        try:
+            self._decode(answer, result, on_text)
+        except KeyboardInterrupt:
+            answer.finish_reason = "interrupted"
+        answer.decode_s = time.perf_counter() - began
+        return answer
+
+    def _prefill(self, answer: Answer, tokens, start, window_end: int, on_compile, progress) -> inference.Prefill:
+        options = {"method": self.method, "max_new_tokens": self.max_new_tokens, "window_end": window_end}
+        if progress is not None and answer.bucket >= LONG_PROMPT:
+            options["progress"] = progress
+        else:
+            with _Timer() as timer:
+                inference.compile_prefill(self.model, tokens, start, **options)
+            answer.compile_s += timer.seconds
+            on_compile(f"prefill[{answer.bucket:,}]", timer.seconds)
+        with _Timer() as timer:
+            result = jax.block_until_ready(inference.prefill(self.model, tokens, start, **options))
+        answer.prefill_s = timer.seconds
+        return result
+
+    def _decode(self, answer: Answer, result: inference.Prefill, on_text: Callable[[str], object]) -> None:
+        stream, matcher = text.TextStream(self.tokenizer), text.StopMatcher(self.stops)
+        ends = set(self.model.config.stop_tokens)
+
+        def show(piece: str) -> bool:
+            safe, stopped = matcher.push(piece)
+            answer.text += safe
+            if safe:
+                on_text(safe)
+            return stopped
+
+        chunks = inference.decode_chunks(
+            self.model, result, max_new_tokens=self.max_new_tokens, sampler=self.sampler, key=jax.random.key(self.seed)
+        )
+        for chunk, _ in chunks:
+            for token in chunk[0].tolist():
+                answer.token_ids.append(token)
+                if token in ends:
+                    answer.finish_reason = "eos"
+                    break
+                if show(stream.push(token)):
+                    answer.finish_reason = "stop"
+                    return
+        if show(stream.flush()):
+            answer.finish_reason = "stop"
+            return
+        rest = matcher.flush()
+        answer.text += rest
+        if rest:
+            on_text(rest)
+
+
+class _Timer:
+    def __enter__(self) -> "_Timer":
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._began

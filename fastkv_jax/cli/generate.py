@@ -1,0 +1,261 @@
+"""Answer prompts with a Llama-family model, its long prompts compressed by FastKV.
+
+Only the answer goes to stdout; everything else goes to stderr.
+
+  generate.py --prompt "Why is the sky blue?"
+  generate.py --prompt-file book.txt --prompt "Who is the narrator?" --max-new-tokens 64
+  generate.py --input questions.jsonl --output answers.jsonl --method full
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from fastkv_jax.cli import common, prompts, report, settings
+from fastkv_jax.errors import FastKVConfigError, InputError
+
+DEFAULT_MODEL = "smollm2-135m"
+
+
+def parser() -> common.Parser:
+    """All flags, with their ranges."""
+    parser = common.Parser(prog="generate.py", description=__doc__)
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default=DEFAULT_MODEL, help=f"folder, .gguf file, Hub id or known name (default: {DEFAULT_MODEL})")
+    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: float32 on the CPU, else bfloat16")
+    group.add_argument("--max-seq-len", type=int, metavar="N", help="prompt and answer together, >= 2 (default: the model's own limit)")
+    group.add_argument("--check-weights", action="store_true", help="look for NaN and infinity while loading")
+    prompts.add_prompt_flags(parser)
+    group = parser.add_argument_group("generation")
+    group.add_argument("-n", "--max-new-tokens", "--max-tokens", type=int, default=128, metavar="N", help=">= 1 (default: 128)")
+    group.add_argument("--temperature", "--temp", type=float, default=0.0, metavar="T", help=">= 0; 0 is greedy (default: 0)")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="in (0, 1]; 1 = off (default)")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help=">= 0; 0 = off (default)")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="in [0, 1]; 0 = off (default)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="0 to 2**32 - 1 (default: 0)")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeatable")
+    group.add_argument("--truncate", choices=("left", "right", "middle"), help="cut a prompt that is too long (default: an error)")
+    settings.add_method_flags(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    group.add_argument("--stream-interval", type=int, default=1, metavar="N", help="print after every N pieces, >= 1 (default: 1)")
+    group.add_argument("--no-color", action="store_true", help="strip control characters from the answer")
+    group.add_argument("--dry-run", action="store_true", help="print the plan and the memory it needs, without loading weights")
+    common.add_run_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    options = parser().parse(argv)
+    return common.run(_run, options)
+
+
+def _run(options: argparse.Namespace) -> int:
+    check(options)
+    requests = prompts.read_requests(options)
+    platform = common.choose_platform(options)
+    if not options.no_compile_cache:
+        common.use_compile_cache()
+    return _generate(options, requests, platform)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Ranges of all flags that need no model. Raises `FastKVConfigError` naming flag, value and range."""
+    rules: list[tuple[str, bool, str]] = [
+        ("max_new_tokens", options.max_new_tokens >= 1, ">= 1"),
+        ("temperature", math.isfinite(options.temperature) and options.temperature >= 0, "finite and >= 0"),
+        ("top_p", 0 < options.top_p <= 1, "in (0, 1]"),
+        ("top_k", options.top_k >= 0, ">= 0 (0 = off)"),
+        ("min_p", 0 <= options.min_p <= 1, "in [0, 1]"),
+        ("seed", 0 <= options.seed < 2**32, "in 0 ... 2**32 - 1"),
+        ("max_seq_len", options.max_seq_len is None or options.max_seq_len >= 2, ">= 2"),
+        ("stream_interval", options.stream_interval >= 1, ">= 1"),
+    ]
+    for name, fine, allowed in rules:
+        if not fine:
+            raise FastKVConfigError(f"{name} must be {allowed}, got {getattr(options, name)}")
+    if "" in options.stop:
+        raise FastKVConfigError("a stop string must not be empty")
+    if options.input is not None and options.json:
+        raise FastKVConfigError("--json and --input exclude each other; --input always writes JSON lines")
+    if options.output is not None:
+        _check_output(Path(options.output), options.overwrite)
+    settings.check(options)
+
+
+def _check_output(path: Path, overwrite: bool) -> None:
+    if path.is_dir():
+        raise InputError(f"--output {path} is a folder")
+    if path.exists() and not overwrite:
+        raise InputError(f"--output {path} exists; give --overwrite to replace it")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--output {path}: there is no folder {path.absolute().parent}")
+
+
+def _generate(options: argparse.Namespace, requests: list[prompts.Request], platform: str) -> int:
+    import jax
+
+    from fastkv_jax import checkpoint, text
+    from fastkv_jax.cli.engine import Engine
+    from fastkv_jax.sampling import Greedy, Sample
+
+    say = report.Reporter(quiet=options.quiet)
+    dtype = ("float32" if platform == "cpu" else "bfloat16") if options.dtype == "auto" else options.dtype
+    say.header(platform, dtype)
+    found = checkpoint.resolve(options.model, progress=not options.quiet)
+    config = checkpoint.inspect(found)
+    preset, method = settings.method(options, found.name, config.num_layers)
+    tokenizer = text.load_tokenizer(found)
+    text.check_vocabulary(tokenizer, config)
+    say.line("preset", preset.describe(options.method, method))
+    chat = _use_chat(options, text.has_chat_template(tokenizer), requests)
+    say.line("prompt", "through the chat template" if chat else "raw, without a chat template")
+    jobs = list(_encode_all(options, requests, tokenizer, config, preset, chat, say))
+    if options.dry_run:
+        say.plan(config, method, [job for _, job in jobs if not isinstance(job, InputError)], dtype, options.max_new_tokens)
+        return common.OK
+
+    with say.timed("loading", f"{found.name}") as note:
+        model = checkpoint.load_model(found, dtype, check_weights=options.check_weights, progress=say.interactive)
+        jax.block_until_ready(model)
+        note(f"{sum(a.nbytes for a in jax.tree.leaves(model)) / 1e9:.2f} GB")
+    greedy = options.temperature == 0
+    sampler = Greedy() if greedy else Sample(options.temperature, options.top_p, options.top_k, options.min_p)
+    engine = Engine(model, tokenizer, method, sampler, options.seed, options.max_new_tokens, options.stop)
+    effective = {"preset": preset.name, "method": options.method, **dataclasses.asdict(method), "dtype": dtype, "platform": platform}
+    if options.input is None:
+        return _one(options, engine, jobs[0][1], say, effective)
+    return _many(options, engine, jobs, say)
+
+
+def _use_chat(options: argparse.Namespace, has_template: bool, requests: list[prompts.Request]) -> bool:
+    if options.chat and not has_template:
+        raise InputError("this tokenizer has no chat template; use --raw")
+    chat = has_template and not options.raw
+    if not chat and any(request.system or request.prefill for request in requests):
+        raise InputError("system and prefill need a chat template, and this tokenizer has none")
+    return chat
+
+
+def _encode_all(options, requests, tokenizer, config, preset, chat, say) -> Iterator[tuple[prompts.Request, Any]]:
+    """Every request with its tokens; in a batch, one that does not fit is answered by its error."""
+    from fastkv_jax.cli.engine import PromptOptions, encode
+
+    limit, name = config.max_position_embeddings, "max_position_embeddings"
+    if options.max_seq_len is not None:
+        if options.max_seq_len > limit:
+            raise FastKVConfigError(f"max_seq_len {options.max_seq_len} exceeds the model's max_position_embeddings, {limit}")
+        limit, name = options.max_seq_len, "--max-seq-len"
+    how = PromptOptions(
+        chat, options.max_new_tokens, limit, name, options.truncate, options.split_special_tokens,
+        preset.window_end == "question",
+    )
+    for request in requests:
+        try:
+            job = encode(tokenizer, request, config, how)
+        except InputError as error:
+            if options.input is None:
+                raise
+            say.line("error", f"id {request.id!r}: {error}")
+            yield request, error
+            continue
+        if job.cut:
+            say.line("truncated", f"{len(job.token_ids) + job.cut:,} tokens to {len(job.token_ids):,} ({options.truncate})")
+        yield request, job
+
+
+def _one(options, engine, job, say, effective: dict[str, Any]) -> int:
+    """One answer, streamed to stdout."""
+    out = report.AnswerWriter(sys.stdout, options.stream_interval, strip_controls=options.no_color)
+    show = (lambda piece: None) if options.json else out.write
+    with _terminable(), say.progress(engine.model.config.num_layers, job) as progress:
+        answer = engine.answer(job, show, say.compiled, progress)
+    if options.json:
+        out.write(json.dumps(report.as_json(answer, effective), ensure_ascii=False, allow_nan=False))
+    out.finish()
+    say.stats(answer, engine.method, options.method)
+    return common.INTERRUPTED if answer.finish_reason == "interrupted" else common.OK
+
+
+def _many(options, engine, jobs, say) -> int:
+    """Answers as JSON lines, in the order of the requests; a failed one does not stop the rest."""
+    failed = 0
+    with _terminable(), _destination(options) as out, say.rows(len(jobs)) as advance:
+        for request, job in jobs:
+            if isinstance(job, InputError):
+                row: dict[str, Any] = {"id": request.id, "error": str(job)}
+            else:
+                row = {"id": request.id, **_answer_or_error(engine, job)}
+            failed += "error" in row
+            interrupted = row.get("finish_reason") == "interrupted"
+            out.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            out.flush()
+            if interrupted:
+                raise KeyboardInterrupt
+            advance()
+    if failed:
+        print(f"error: {failed} of {len(jobs)} prompts failed; see their error fields", file=sys.stderr)
+    return common.FAILED if failed else common.OK
+
+
+def _answer_or_error(engine, job) -> dict[str, Any]:
+    try:
+        answer = engine.answer(job)
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"error": "oom"}
+    return {
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": answer.prompt_tokens,
+        "generated_tokens": len(answer.token_ids),
+        "timings": answer.timings(),
+    }
+
+
+@contextmanager
+def _destination(options: argparse.Namespace) -> Iterator[TextIO]:
+    """stdout, or a new file; an existing one is replaced only when all answers are there."""
+    if options.output is None:
+        yield sys.stdout
+        return
+    target = Path(options.output)
+    if not target.exists():
+        with target.open("w", encoding="utf-8") as out:
+            yield out
+        return
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.absolute().parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            yield out
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the run like an exception, so that what is done is written."""
+
+    def stop(*_: object) -> None:
+        raise common.Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+

@@ -1,0 +1,59 @@
+"""Streaming: the tokens of `generate` as they are made, as text where there is a tokenizer."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Key
+
+from fastkv_jax.attention import Platform
+from fastkv_jax.errors import InputError
+from fastkv_jax.inference import decode_chunks, prefill
+from fastkv_jax.methods import Method
+from fastkv_jax.model import Llama
+from fastkv_jax.sampling import Greedy, Sampler
+from fastkv_jax.text import TextStream
+
+
+def stream(
+    model: Llama,
+    tokens: Any,
+    start: Any = None,
+    *,
+    method: Method,
+    max_new_tokens: int,
+    sampler: Sampler = Greedy(),  # noqa: B008 - a frozen value
+    stop_tokens: Sequence[int] | None = None,
+    key: Key[Array, ""] | None = None,
+    window_end: Any = 0,
+    platform: Platform | None = None,
+    tokenizer: Any = None,
+) -> Iterator[Any]:
+    """`generate`, piece by piece: text of one prompt with a tokenizer, else chunks of tokens [B, c] int32.
+
+    Text pieces never end inside a character and leave special tokens out; chunks hold stop tokens and padding.
+    Raises `InputError` for a batch of several prompts with a tokenizer.
+    """
+    prompt = prefill(
+        model, tokens, start, method=method, max_new_tokens=max_new_tokens, window_end=window_end, platform=platform
+    )
+    chunks = decode_chunks(
+        model, prompt, max_new_tokens=max_new_tokens, sampler=sampler, stop_tokens=stop_tokens, key=key
+    )
+    if tokenizer is None:
+        return (chunk for chunk, _ in chunks)
+    if prompt.logits.shape[0] != 1:
+        raise InputError(f"text can be streamed for one prompt at a time, got a batch of {prompt.logits.shape[0]}")
+    ends = set(model.config.stop_tokens if stop_tokens is None else stop_tokens)
+    return _pieces((chunk for chunk, _ in chunks), ends, TextStream(tokenizer))
+
+
+def _pieces(chunks: Iterator[np.ndarray], ends: set[int], text: TextStream) -> Iterator[str]:
+    for chunk in chunks:
+        for token in chunk[0].tolist():
+            if token in ends:
+                break
+            if piece := text.push(token):
+                yield piece
+    if rest := text.flush():
+        yield rest
