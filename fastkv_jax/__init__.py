@@ -12,7 +12,6 @@ from fastkv_jax.errors import BackendError, CheckpointError, FastKVConfigError, 
 from fastkv_jax.inference import decode_step, generate, prefill
 from fastkv_jax.methods import METHODS, FastKV, FullKV
 from fastkv_jax.sampling import Greedy, Sample
-
 from fastkv_jax.stream import stream
 from fastkv_jax.text import load_tokenizer
 

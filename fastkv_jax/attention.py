@@ -26,7 +26,7 @@ def attention(
     platform: Platform,
     mesh: Mesh | None = None,
 ) -> Float[Array, "B H T D"]:
-    """softmax(q k^T / sqrt(D)) v, each query seeing the keys from `start` to itself; rows before `start` are 0 or noise.
+    """softmax(q k^T / sqrt(D)) v, each query seeing the keys from `start` to itself; rows before `start` are noise.
 
     With a mesh the heads are spread over its axis "model", each device running its own.
     """
@@ -126,4 +126,5 @@ def _splash(q, k, v, start):
     def one_row(q, k, v, segment):
         return kernel(q, k, v, segment_ids=splash.SegmentIds(q=segment, kv=segment))
 
-    return jax.vmap(one_row)(q, k, v, prompt)[:, :, pad_rows:, :dim].astype(v.dtype)
+    out = jnp.asarray(jax.vmap(one_row)(q, k, v, prompt))
+    return out[:, :, pad_rows:, :dim].astype(v.dtype)

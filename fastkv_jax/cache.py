@@ -59,4 +59,3 @@ class KVCache:
                 return LayerKV(segment.k[i], segment.v[i], segment.positions[i])
             first += segment.k.shape[0]
         raise IndexError(f"layer {index} is outside 0..{first - 1}")
-

@@ -95,7 +95,7 @@ def from_hugging_face(
         )
     if config.get("head_dim") is None and hidden % heads:
         raise CheckpointError(
-            f"{source}: hidden_size ({hidden}) is not a multiple of num_attention_heads ({heads}), and head_dim is absent"
+            f"{source}: head_dim is absent and hidden_size ({hidden}) no multiple of num_attention_heads ({heads})"
         )
     head_dim = _integer(config, "head_dim", source, default=hidden // heads)
     if head_dim % 2:
@@ -129,9 +129,7 @@ def _architecture(config: Mapping[str, Any], source: str) -> str:
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else names
     if name not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{source}: unsupported architecture {name!r}; supported: {', '.join(ARCHITECTURES)}"
-        )
+        raise CheckpointError(f"{source}: unsupported architecture {name!r}; supported: {', '.join(ARCHITECTURES)}")
     return name
 
 

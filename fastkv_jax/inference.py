@@ -1,10 +1,11 @@
 """Prefill, decode, generate. One program for every method: it knows a plan and scores, never a name.
 
-    tokens -> [layers of stage 0] -> choose rows -> [layers of stage 1] -> ... -> logits of the last token
-                  |                                    |
-                  keep entries                         keep entries        -> cache -> decode, decode, ...
+tokens -> [layers of stage 0] -> choose rows -> [layers of stage 1] -> ... -> logits of the last token
+              |                                    |
+              keep entries                         keep entries        -> cache -> decode, decode, ...
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from fastkv_jax import rope
@@ -38,7 +40,9 @@ class Prefill:
 
     logits: Float[Array, "B V"]  # of each row's last token, float32
     cache: KVCache
-    propagated: Int[Array, "B S"] | None  # prompt positions that passed the last TSP layer, -1 = empty; None without one
+    propagated: (
+        Int[Array, "B S"] | None
+    )  # prompt positions that passed the last TSP layer, -1 = empty; None without one
 
 
 @struct.dataclass
@@ -100,9 +104,7 @@ def compile_prefill(
     return _prefill_jit.lower(model, prompt, static=static).compile()
 
 
-def check_prompt(
-    model: Llama, tokens: Any, start: Any, window_end: Any, method: Method, max_new_tokens: int
-) -> Prompt:
+def check_prompt(model: Llama, tokens: Any, start: Any, window_end: Any, method: Method, max_new_tokens: int) -> Prompt:
     """The arguments of `prefill` as arrays, or `InputError` / `FastKVConfigError`."""
     method.check(model.config.num_layers)
     return check_batch(tokens, start, window_end, model.config, max_new_tokens)
@@ -111,7 +113,7 @@ def check_prompt(
 def platform_of(model: Llama) -> Platform:
     """Where the model's weights live; where jax would put them if they are traced."""
     weights = model.norm[...]
-    name = jax.default_backend() if isinstance(weights, jax.core.Tracer) else next(iter(weights.devices())).platform
+    name = jax.default_backend() if isinstance(weights, Tracer) else next(iter(weights.devices())).platform
     return "gpu" if name in ("gpu", "cuda", "rocm") else "tpu" if name == "tpu" else "cpu"
 
 
@@ -133,7 +135,7 @@ def _prefill(model: Llama, prompt: Prompt, static: Static, run_layers: Callable[
 
     x = model.embed(prompt.tokens)
     position = jnp.arange(columns) - prompt.start[:, None]
-    rows = Rows(jnp.maximum(position, -1), prompt.start, columns - prompt.window_end)
+    rows = Rows(jnp.maximum(position, -1), prompt.start, jnp.asarray(columns - prompt.window_end))
     token_scores, budget, propagated, segments = None, n, None, []
     for stage in static_plan(method, config.num_layers, columns, static.tail, TILE):
         if stage.propagates:
@@ -223,7 +225,7 @@ def decode_step(model: Llama, token: Any, cache: KVCache) -> tuple[Float[Array, 
 
     Raises `InputError` when the cache has no room left, never a clamped write (a traced cache is not checked).
     """
-    if not isinstance(cache.used, jax.core.Tracer) and int(cache.used) >= cache.max_new_tokens:
+    if not isinstance(cache.used, Tracer) and int(cache.used) >= cache.max_new_tokens:
         slots = max(segment.k.shape[3] for segment in cache.segments) + cache.max_new_tokens
         raise InputError(f"cache is full ({slots}/{slots}): it has room for max_new_tokens={cache.max_new_tokens}")
     return _decode_jit(model, jnp.asarray(token, jnp.int32), cache)
@@ -239,10 +241,11 @@ def _decode(model: Llama, token: Int[Array, " B"], cache: KVCache) -> tuple[Floa
         block = model.layer(index)
         q, k, v = block.qkv(x, cos, sin)
         k_new, v_new = (
-            lax.dynamic_update_slice(buffer, a[None], (index, 0, 0, cache.used, 0)) for buffer, a in ((k_new, k), (v_new, v))
+            lax.dynamic_update_slice(buffer, a[None], (index, 0, 0, cache.used, 0))
+            for buffer, a in ((k_new, k), (v_new, v))
         )
-        mine = (lax.dynamic_index_in_dim(buffer, index, keepdims=False) for buffer in (k_new, v_new))
-        out = decode_attention(q[:, :, 0], entries.k, entries.v, entries.positions, *mine, cache.used + 1)
+        k_mine, v_mine = (lax.dynamic_index_in_dim(buffer, index, keepdims=False) for buffer in (k_new, v_new))
+        out = decode_attention(q[:, :, 0], entries.k, entries.v, entries.positions, k_mine, v_mine, cache.used + 1)
         return (block.output(x, out[:, :, None]), k_new, v_new), None
 
     carry, first = (x, cache.k_new, cache.v_new), 0
@@ -251,7 +254,7 @@ def _decode(model: Llama, token: Int[Array, " B"], cache: KVCache) -> tuple[Floa
         carry, _ = lax.scan(layer, carry, (layers, segment))
         first += segment.k.shape[0]
     x, k_new, v_new = carry
-    cache = cache.replace(k_new=k_new, v_new=v_new, used=cache.used + 1, position=cache.position + 1)
+    cache = dataclasses.replace(cache, k_new=k_new, v_new=v_new, used=cache.used + 1, position=cache.position + 1)
     return model.logits(x[:, 0]), cache
 
 
@@ -300,7 +303,7 @@ def _decode_chunk(model, segments, loop: _Loop, limit, *, sampler, stop_tokens, 
             return _Loop(token, loop.done | _is_stop(token, stop_tokens), finite, loop.count + 1, key, new)
 
         def rest(loop: _Loop):
-            return loop.replace(token=jnp.full_like(loop.token, pad_token))
+            return dataclasses.replace(loop, token=jnp.full_like(loop.token, pad_token))
 
         loop = lax.cond(loop.done.all() | (loop.count >= limit), rest, go, loop)
         return loop, loop.token

@@ -2,9 +2,9 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from fastkv_jax.buckets import round_up
@@ -26,19 +26,21 @@ def check_batch(tokens: Any, start: Any, window_end: Any, config: LlamaConfig, m
     """The batch as int32 arrays, or `InputError` saying which value at which index is wrong."""
     if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 0:
         raise InputError(f"max_new_tokens must be an integer >= 0, got {max_new_tokens!r}")
-    traced = isinstance(tokens, jax.core.Tracer) or isinstance(start, jax.core.Tracer)
+    traced = isinstance(tokens, Tracer) or isinstance(start, Tracer)
     if not traced:
         tokens = _check_tokens(tokens, config)
     batch, columns = tokens.shape
     if start is None:
         start = np.zeros(batch, np.int32)
-    elif not isinstance(start, jax.core.Tracer):
+    elif not isinstance(start, Tracer):
         start = _check_start(start, batch, columns)
     window_end = _check_window_end(window_end, batch)
     if not traced:
-        check_lengths(columns - start, config, max_new_tokens)
+        check_lengths(np.asarray(columns - start), config, max_new_tokens)
         for row in np.flatnonzero(window_end >= columns - start):
-            raise InputError(f"window_end {window_end[row]} leaves no question in row {row} ({columns - start[row]} tokens)")
+            raise InputError(
+                f"window_end {window_end[row]} leaves no question in row {row} ({columns - start[row]} tokens)"
+            )
     return Prompt(jnp.asarray(tokens, jnp.int32), jnp.asarray(start, jnp.int32), window_end)
 
 
@@ -89,7 +91,7 @@ def _check_start(start: Any, batch: int, columns: int) -> np.ndarray:
 
 
 def _check_window_end(window_end: Any, batch: int) -> np.ndarray:
-    if isinstance(window_end, jax.core.Tracer):
+    if isinstance(window_end, Tracer):
         raise InputError("window_end must be known before tracing: capacities depend on it")
     array = np.broadcast_to(np.asarray(window_end), (batch,))
     if not np.issubdtype(array.dtype, np.integer) or (array < 0).any():

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
 
 from fastkv_jax import rope
 from fastkv_jax.config import LlamaConfig
@@ -53,9 +53,7 @@ class Block(nnx.Module):
             (vector(query, 0.0), vector(kv, 0.0), vector(kv, 0.0)) if c.qkv_bias else (None, None, None)
         )
         self.bo = vector(c.hidden_size, 0.0) if c.output_bias else None
-        self.q_norm, self.k_norm = (
-            (vector(c.head_dim, 1.0), vector(c.head_dim, 1.0)) if c.qk_norm else (None, None)
-        )
+        self.q_norm, self.k_norm = (vector(c.head_dim, 1.0), vector(c.head_dim, 1.0)) if c.qk_norm else (None, None)
         self.mlp_norm = vector(c.hidden_size, 1.0)
         self.w_gate = matrix(c.intermediate_size, c.hidden_size)
         self.w_up = matrix(c.intermediate_size, c.hidden_size)

@@ -4,14 +4,19 @@ import dataclasses
 import importlib.resources
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 
 from fastkv_jax.errors import FastKVConfigError
 from fastkv_jax.methods import METHODS, Method
 
-PARTNERS = {"tsp_rate": "tsp_length", "tsp_length": "tsp_rate", "retention_rate": "capacity", "capacity": "retention_rate"}
+PARTNERS = {
+    "tsp_rate": "tsp_length",
+    "tsp_length": "tsp_rate",
+    "retention_rate": "capacity",
+    "capacity": "retention_rate",
+}
 _FOLDERS = ("models", "methods")
 
 
@@ -25,8 +30,9 @@ class Preset:
 
     def describe(self, method: str, built: Method) -> str:
         """One line for people: the settings in force."""
-        fields = {field: getattr(built, field) for field in settings_of(method)}
-        given = " ".join(f"{field}={value}" for field, value in fields.items() if value is not None)
+        given = " ".join(
+            f"{name}={value}" for name, value in settings(built).items() if value is not None and value is not False
+        )
         return f"{self.name}: {method} {given}".rstrip() + f", window ends with the {self.window_end}"
 
 
@@ -65,24 +71,30 @@ def settings_of(method: str) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(METHODS[method]) if field.name != "published")
 
 
+def settings(method: Method) -> dict[str, Any]:
+    """The settings of a method as plain values."""
+    return {field.name: getattr(method, field.name) for field in dataclasses.fields(cast(Any, method))}
+
+
 def build(method: str, preset: Preset, given: Mapping[str, Any], num_layers: int | None) -> Method:
     """The method with a preset's settings, each replaced, partner included, where `given` has one.
 
-    `num_layers` None checks the settings alone, before the model is known. Raises `FastKVConfigError` for a setting the method does not have, both of a pair, or values that cannot work.
+    `num_layers` None checks the settings alone, before the model is known. Raises `FastKVConfigError` for a setting the
+    method does not have, both of a pair, or values that cannot work.
     """
     fields = settings_of(method)
     for name, value in given.items():
-        flag, partner = f"--{name.replace('_', '-')}", PARTNERS.get(name)
+        flag, partner = f"--{name.replace('_', '-')}", PARTNERS.get(name, "")
         if name not in fields:
             raise FastKVConfigError(f"{flag} {value} is not a setting of method {method!r}")
         if partner in given:
             other = f"--{partner.replace('_', '-')}"
             raise FastKVConfigError(f"{flag} {value} and {other} {given[partner]} exclude each other; give one")
     kept = {name: value for name, value in preset.settings.items() if PARTNERS.get(name) not in given}
-    settings = {name: value for name, value in {**kept, **given}.items() if name in fields}
-    if "tsp_layer" in fields and settings.get("tsp_layer") is None:
-        settings["tsp_layer"] = max((num_layers or 0) // 2 - 1, 0)
-    built = METHODS[method](**settings)
+    chosen = {name: value for name, value in {**kept, **given}.items() if name in fields}
+    if "tsp_layer" in fields and chosen.get("tsp_layer") is None:
+        chosen["tsp_layer"] = max((num_layers or 0) // 2 - 1, 0)
+    built = METHODS[method](**chosen)
     if num_layers is not None:
         built.check(num_layers)
     return built

@@ -38,7 +38,9 @@ def angles(
     return jnp.cos(theta), jnp.sin(theta)
 
 
-def rotate(x: Float[Array, "B N T D"], cos: Float[Array, "B T D"], sin: Float[Array, "B T D"]) -> Float[Array, "B N T D"]:
+def rotate(
+    x: Float[Array, "B N T D"], cos: Float[Array, "B T D"], sin: Float[Array, "B T D"]
+) -> Float[Array, "B N T D"]:
     """Rotate each pair (d, d + D/2) of `x` by its angle; computed in float32, returned in x's dtype."""
     x32 = x.astype(jnp.float32)
     first, second = jnp.split(x32, 2, axis=-1)

@@ -23,7 +23,7 @@ MAX_TEMPLATE_CHARACTERS = 1_000_000
 class EncodedPrompt:
     """A prompt as token ids: the user's words are [first, end), the template's tokens surround them.
 
-        <|im_start|> user \\n  Who ?  <|im_end|> \\n <|im_start|> assistant \\n      first 3, end 5, window_end 5
+    <|im_start|> user \\n  Who ?  <|im_end|> \\n <|im_start|> assistant \\n      first 3, end 5, window_end 5
     """
 
     token_ids: list[int]
@@ -99,7 +99,7 @@ def encode_chat(
     """A one-question chat, ready for the answer, which starts with `prefill` if that is given.
 
     Texts of special tokens in the prompt become those tokens, as everywhere in the field, unless
-    `split_special_tokens`. Raises `InputError` if there is no template, or it refuses the messages, or renders too much.
+    `split_special_tokens`. Raises `InputError` if there is no template, or it refuses the messages or renders too much.
     """
     if not has_chat_template(tokenizer):
         raise InputError("this tokenizer has no chat template; use --raw")

@@ -4,7 +4,8 @@
     select             the exact top-k positions of a score, ascending, ties to the lowest index, without a sort
     decode_attention   one query per row against frozen prompt entries and the decoded ones
 
-Letters: B batch, H query heads, K KV heads, G = H/K, N cache heads, W window, T tokens, C capacity, M new tokens, D head dim.
+Letters: B batch, H query heads, K KV heads, G = H/K, N cache heads, W window, T tokens, C capacity, M new tokens,
+D head dim.
 """
 
 from kernels_pallas.decode_attention import decode_attention

@@ -12,21 +12,70 @@ FACTS = (
     "The lighthouse key has the number 8316407 on it.",
     "The telephone number of the lighthouse is 2750938.",
 )
-WHO = ("the keeper", "the postmistress", "the ferry captain", "the baker's son", "a visiting painter", "the schoolteacher",
-       "the harbour master", "an old sailor", "the doctor", "the net mender")
+WHO = (
+    "the keeper",
+    "the postmistress",
+    "the ferry captain",
+    "the baker's son",
+    "a visiting painter",
+    "the schoolteacher",
+    "the harbour master",
+    "an old sailor",
+    "the doctor",
+    "the net mender",
+)
 DID = ("repaired", "counted", "carried", "painted", "cleaned", "weighed", "borrowed", "sketched", "hid", "sold")
-WHAT = ("the fishing nets", "a crate of oranges", "the copper lantern", "twelve wooden oars", "the parish records",
-        "a barrel of tar", "the brass telescope", "three bundles of rope", "the tide tables", "a box of candles")
-WHERE = ("beside the quay", "in the boat shed", "under the chapel roof", "near the stone bridge", "behind the bakery",
-         "on the eastern cliff", "at the end of the pier", "in the schoolhouse", "along the shingle beach")
-WHEN = ("before dawn", "while the fog lifted", "during the long storm", "after the evening bell", "at low tide",
-        "on the first warm day", "as the gulls came back", "when the ferry was late")
-WHY = ("because the winter had been hard", "although nobody had asked for it", "since the market opened early",
-       "and told no one for a week", "so that the children could play", "as was the custom on the island",
-       "which surprised the whole village", "and wrote a letter about it")
-WEATHER = ("The wind turned north and the sea went grey.", "A pale sun stood over the island all day.",
-           "Rain drummed on the slates until noon.", "The fog came in so thick that the bell was rung every hour.",
-           "It was so still that voices carried across the bay.", "Snow lay on the boats, which is rare here.")
+WHAT = (
+    "the fishing nets",
+    "a crate of oranges",
+    "the copper lantern",
+    "twelve wooden oars",
+    "the parish records",
+    "a barrel of tar",
+    "the brass telescope",
+    "three bundles of rope",
+    "the tide tables",
+    "a box of candles",
+)
+WHERE = (
+    "beside the quay",
+    "in the boat shed",
+    "under the chapel roof",
+    "near the stone bridge",
+    "behind the bakery",
+    "on the eastern cliff",
+    "at the end of the pier",
+    "in the schoolhouse",
+    "along the shingle beach",
+)
+WHEN = (
+    "before dawn",
+    "while the fog lifted",
+    "during the long storm",
+    "after the evening bell",
+    "at low tide",
+    "on the first warm day",
+    "as the gulls came back",
+    "when the ferry was late",
+)
+WHY = (
+    "because the winter had been hard",
+    "although nobody had asked for it",
+    "since the market opened early",
+    "and told no one for a week",
+    "so that the children could play",
+    "as was the custom on the island",
+    "which surprised the whole village",
+    "and wrote a letter about it",
+)
+WEATHER = (
+    "The wind turned north and the sea went grey.",
+    "A pale sun stood over the island all day.",
+    "Rain drummed on the slates until noon.",
+    "The fog came in so thick that the bell was rung every hour.",
+    "It was so still that voices carried across the bay.",
+    "Snow lay on the boats, which is rare here.",
+)
 
 
 def document(words: int, seed: int = 0) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracle import OracleResult, oracle_forward, oracle_generate
 from safetensors.numpy import load_file
+
+from oracle import OracleResult, oracle_forward, oracle_generate
 
 GOLDEN = Path(__file__).parent / "golden"
 REFERENCE = GOLDEN / "reference"

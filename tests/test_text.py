@@ -164,8 +164,13 @@ def test_bos_rules(tmp_path):
     without = text.load_tokenizer(byte_level(tmp_path / "b.gguf", names_and_bos))
     by_habit = text.load_tokenizer(byte_level(tmp_path / "c.gguf", names_and_bos, pre="llama-bpe"))
     for tokenizer in (with_bos, by_habit):
-        assert text.encode_raw(tokenizer, "abc").token_ids == [259, 257] == text.encode_raw(tokenizer, "<s>abc").token_ids
-    assert text.encode_raw(without, "abc").token_ids == [257] and text.encode_raw(without, "<s>abc").token_ids == [259, 257]
+        assert (
+            text.encode_raw(tokenizer, "abc").token_ids == [259, 257] == text.encode_raw(tokenizer, "<s>abc").token_ids
+        )
+    assert text.encode_raw(without, "abc").token_ids == [257] and text.encode_raw(without, "<s>abc").token_ids == [
+        259,
+        257,
+    ]
     with_bos.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}."
     assert text.encode_chat(with_bos, "abc").token_ids[:2] == [259, 257]
     assert text.encode_raw(without, "").token_ids == []
@@ -257,7 +262,10 @@ def test_folders(tmp_path):
     with pytest.raises(CheckpointError, match="no usable tokenizer"):
         text.load_tokenizer(tmp_path)
     small_tokenizer().save_pretrained(tmp_path)
-    assert text.encode_raw(text.load_tokenizer(tmp_path), "a").token_ids == text.encode_raw(small_tokenizer(), "a").token_ids
+    assert (
+        text.encode_raw(text.load_tokenizer(tmp_path), "a").token_ids
+        == text.encode_raw(small_tokenizer(), "a").token_ids
+    )
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError) as error:
         text.load_tokenizer(tmp_path)

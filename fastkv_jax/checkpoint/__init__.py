@@ -150,9 +150,9 @@ def _resolve_file(path: epath.Path) -> Resolved:
 def _download(name: str, progress: bool) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from tqdm import tqdm
+    from tqdm.asyncio import tqdm_asyncio
 
-    class Bar(tqdm):
+    class Bar(tqdm_asyncio):
         def __init__(self, *args: Any, **kwargs: Any):
             kwargs.pop("name", None)
             super().__init__(*args, **(kwargs | {"disable": not progress}))

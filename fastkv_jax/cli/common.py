@@ -37,7 +37,9 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             known = [flag for action in self._actions for flag in action.option_strings]
             close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
-            self.error(f"unknown argument {unknown[0]!r}" + (f"; did you mean {close[0]}?" if close else "; see --help"))
+            self.error(
+                f"unknown argument {unknown[0]!r}" + (f"; did you mean {close[0]}?" if close else "; see --help")
+            )
         return options
 
 
@@ -51,16 +53,28 @@ def _hyphens(word: str) -> str:
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that runs a model."""
     group = parser.add_argument_group("device and reports")
-    group.add_argument("--platform", choices=("auto", *PLATFORMS), default="auto", help="never a silent fall back to CPU (default: auto)")
-    group.add_argument("--mem-fraction", type=float, metavar="F", help="share of GPU memory JAX may take, in (0, 1] (JAX's default: 0.75)")
-    group.add_argument("--no-compile-cache", action="store_true", help="do not keep compiled programs in the user's cache folder")
+    group.add_argument(
+        "--platform",
+        choices=("auto", *PLATFORMS),
+        default="auto",
+        help="never a silent fall back to CPU (default: auto)",
+    )
+    group.add_argument(
+        "--mem-fraction",
+        type=float,
+        metavar="F",
+        help="share of GPU memory JAX may take, in (0, 1] (JAX's default: 0.75)",
+    )
+    group.add_argument(
+        "--no-compile-cache", action="store_true", help="do not keep compiled programs in the user's cache folder"
+    )
     group.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
     group.add_argument("-v", "--verbose", action="store_true", help="log every compilation")
     group.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
 def choose_platform(options: argparse.Namespace) -> str:
-    """Set JAX up for the platform asked for and return the one in use: cpu, gpu or tpu. `BackendError` if it is not there."""
+    """Set JAX up for the platform asked for; returns the one in use, cpu, gpu or tpu, or raises `BackendError`."""
     from fastkv_jax.errors import BackendError, FastKVConfigError
 
     wanted, present = options.platform, os.environ.get("JAX_PLATFORMS", "")
@@ -93,7 +107,8 @@ def _no_device(wanted: str, present: str, error: Exception) -> str:
     if wanted == "gpu" or (wanted == "auto" and present in ("cuda", "gpu")):
         return f"no CUDA device visible to JAX (nvidia-smi: found {_gpus()}). Install fastkv-jax[cuda13]"
     if wanted == "tpu" or (wanted == "auto" and present == "tpu"):
-        return f"no TPU visible to JAX ({reason or 'no reason given'}). Install fastkv-jax[tpu] on a TPU VM, one process per TPU"
+        why = reason or "no reason given"
+        return f"no TPU visible to JAX ({why}). Install fastkv-jax[tpu] on a TPU VM, one process per TPU"
     return f"JAX found no device for JAX_PLATFORMS={present!r}: {reason or type(error).__name__}"
 
 
@@ -147,7 +162,8 @@ def run(command: Callable[[argparse.Namespace], int], options: argparse.Namespac
             first = str(error).strip().splitlines()[0]
             return _fail(
                 f"out of device memory: {first}. Use a shorter prompt, --dtype bfloat16, or a method that keeps less",
-                DEVICE, options,
+                DEVICE,
+                options,
             )
         if options.debug:
             raise

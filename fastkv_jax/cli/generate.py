@@ -8,7 +8,6 @@ Only the answer goes to stdout; everything else goes to stderr.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from fastkv_jax import presets
 from fastkv_jax.cli import common, prompts, report, settings
 from fastkv_jax.errors import FastKVConfigError, InputError
 
@@ -30,26 +30,47 @@ def parser() -> common.Parser:
     """All flags, with their ranges."""
     parser = common.Parser(prog="generate.py", description=__doc__)
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default=DEFAULT_MODEL, help=f"folder, .gguf file, Hub id or known name (default: {DEFAULT_MODEL})")
-    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: float32 on the CPU, else bfloat16")
-    group.add_argument("--max-seq-len", type=int, metavar="N", help="prompt and answer together, >= 2 (default: the model's own limit)")
+    group.add_argument(
+        "--model", default=DEFAULT_MODEL, help=f"folder, .gguf file, Hub id or known name (default: {DEFAULT_MODEL})"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="auto: float32 on the CPU, else bfloat16",
+    )
+    group.add_argument(
+        "--max-seq-len", type=int, metavar="N", help="prompt and answer together, >= 2 (default: the model's own limit)"
+    )
     group.add_argument("--check-weights", action="store_true", help="look for NaN and infinity while loading")
     prompts.add_prompt_flags(parser)
     group = parser.add_argument_group("generation")
-    group.add_argument("-n", "--max-new-tokens", "--max-tokens", type=int, default=128, metavar="N", help=">= 1 (default: 128)")
-    group.add_argument("--temperature", "--temp", type=float, default=0.0, metavar="T", help=">= 0; 0 is greedy (default: 0)")
+    group.add_argument(
+        "-n", "--max-new-tokens", "--max-tokens", type=int, default=128, metavar="N", help=">= 1 (default: 128)"
+    )
+    group.add_argument(
+        "--temperature", "--temp", type=float, default=0.0, metavar="T", help=">= 0; 0 is greedy (default: 0)"
+    )
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="in (0, 1]; 1 = off (default)")
     group.add_argument("--top-k", type=int, default=0, metavar="K", help=">= 0; 0 = off (default)")
     group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="in [0, 1]; 0 = off (default)")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="0 to 2**32 - 1 (default: 0)")
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeatable")
-    group.add_argument("--truncate", choices=("left", "right", "middle"), help="cut a prompt that is too long (default: an error)")
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeatable"
+    )
+    group.add_argument(
+        "--truncate", choices=("left", "right", "middle"), help="cut a prompt that is too long (default: an error)"
+    )
     settings.add_method_flags(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    group.add_argument("--stream-interval", type=int, default=1, metavar="N", help="print after every N pieces, >= 1 (default: 1)")
+    group.add_argument(
+        "--stream-interval", type=int, default=1, metavar="N", help="print after every N pieces, >= 1 (default: 1)"
+    )
     group.add_argument("--no-color", action="store_true", help="strip control characters from the answer")
-    group.add_argument("--dry-run", action="store_true", help="print the plan and the memory it needs, without loading weights")
+    group.add_argument(
+        "--dry-run", action="store_true", help="print the plan and the memory it needs, without loading weights"
+    )
     common.add_run_flags(parser)
     return parser
 
@@ -122,7 +143,9 @@ def _generate(options: argparse.Namespace, requests: list[prompts.Request], plat
     say.line("prompt", "through the chat template" if chat else "raw, without a chat template")
     jobs = list(_encode_all(options, requests, tokenizer, config, preset, chat, say))
     if options.dry_run:
-        say.plan(config, method, [job for _, job in jobs if not isinstance(job, InputError)], dtype, options.max_new_tokens)
+        say.plan(
+            config, method, [job for _, job in jobs if not isinstance(job, InputError)], dtype, options.max_new_tokens
+        )
         return common.OK
 
     with say.timed("loading", f"{found.name}") as note:
@@ -132,7 +155,13 @@ def _generate(options: argparse.Namespace, requests: list[prompts.Request], plat
     greedy = options.temperature == 0
     sampler = Greedy() if greedy else Sample(options.temperature, options.top_p, options.top_k, options.min_p)
     engine = Engine(model, tokenizer, method, sampler, options.seed, options.max_new_tokens, options.stop)
-    effective = {"preset": preset.name, "method": options.method, **dataclasses.asdict(method), "dtype": dtype, "platform": platform}
+    effective = {
+        "preset": preset.name,
+        "method": options.method,
+        **presets.settings(method),
+        "dtype": dtype,
+        "platform": platform,
+    }
     if options.input is None:
         return _one(options, engine, jobs[0][1], say, effective)
     return _many(options, engine, jobs, say)
@@ -154,10 +183,17 @@ def _encode_all(options, requests, tokenizer, config, preset, chat, say) -> Iter
     limit, name = config.max_position_embeddings, "max_position_embeddings"
     if options.max_seq_len is not None:
         if options.max_seq_len > limit:
-            raise FastKVConfigError(f"max_seq_len {options.max_seq_len} exceeds the model's max_position_embeddings, {limit}")
+            raise FastKVConfigError(
+                f"max_seq_len {options.max_seq_len} exceeds the model's max_position_embeddings, {limit}"
+            )
         limit, name = options.max_seq_len, "--max-seq-len"
     how = PromptOptions(
-        chat, options.max_new_tokens, limit, name, options.truncate, options.split_special_tokens,
+        chat,
+        options.max_new_tokens,
+        limit,
+        name,
+        options.truncate,
+        options.split_special_tokens,
         preset.window_end == "question",
     )
     for request in requests:
@@ -170,7 +206,9 @@ def _encode_all(options, requests, tokenizer, config, preset, chat, say) -> Iter
             yield request, error
             continue
         if job.cut:
-            say.line("truncated", f"{len(job.token_ids) + job.cut:,} tokens to {len(job.token_ids):,} ({options.truncate})")
+            say.line(
+                "truncated", f"{len(job.token_ids) + job.cut:,} tokens to {len(job.token_ids):,} ({options.truncate})"
+            )
         yield request, job
 
 
@@ -257,5 +295,3 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-

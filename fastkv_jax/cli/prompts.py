@@ -25,17 +25,27 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that name prompts."""
     group = parser.add_argument_group("prompt (piped stdin if none is given)")
     group.add_argument("stdin", nargs="?", choices=("-",), metavar="-", help="read the prompt from stdin")
-    group.add_argument("--prompt", metavar="TEXT", help="the question; with --prompt-file it follows the file, after a newline")
+    group.add_argument(
+        "--prompt", metavar="TEXT", help="the question; with --prompt-file it follows the file, after a newline"
+    )
     group.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 text file; - is stdin")
-    group.add_argument("--input", metavar="FILE", help="many prompts: JSON lines with prompt and optional id, system, prefill")
-    group.add_argument("--output", metavar="FILE", help="JSON lines for --input: id, text, finish_reason, token counts, timings, or error (default: stdout)")
+    group.add_argument(
+        "--input", metavar="FILE", help="many prompts: JSON lines with prompt and optional id, system, prefill"
+    )
+    group.add_argument(
+        "--output",
+        metavar="FILE",
+        help="JSON lines for --input: id, text, finish_reason, token counts, timings, or error (default: stdout)",
+    )
     group.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     group.add_argument("--system", metavar="TEXT", help="system message of the chat")
     group.add_argument("--prefill", metavar="TEXT", help="beginning of the answer, put into the model's mouth")
     mode = group.add_mutually_exclusive_group()
     mode.add_argument("--chat", action="store_true", help="insist on the chat template (default: used if there is one)")
     mode.add_argument("--raw", action="store_true", help="no chat template: the model continues the prompt")
-    group.add_argument("--split-special-tokens", action="store_true", help="treat texts such as <|im_end|> in the prompt as plain text")
+    group.add_argument(
+        "--split-special-tokens", action="store_true", help="treat texts such as <|im_end|> in the prompt as plain text"
+    )
 
 
 def read_requests(options: argparse.Namespace) -> list[Request]:

@@ -98,10 +98,16 @@ class Reporter:
     def stats(self, answer: Answer, method: Method, name: str) -> None:
         """Speed, budgets and memory of one answer. Compilation is never inside tok/s."""
         new = len(answer.token_ids)
-        self.line("prompt", f"{answer.prompt_tokens:,} tok in {answer.prefill_s:.2f} s  "
-                  f"{answer.prompt_tokens / max(answer.prefill_s, 1e-9):,.0f} tok/s  (bucket {answer.bucket:,})")
-        self.line("decode", f"{new:,} tok in {answer.decode_s:.2f} s  "
-                  f"{new / max(answer.decode_s, 1e-9):,.1f} tok/s  stop: {answer.finish_reason}")
+        self.line(
+            "prompt",
+            f"{answer.prompt_tokens:,} tok in {answer.prefill_s:.2f} s  "
+            f"{answer.prompt_tokens / max(answer.prefill_s, 1e-9):,.0f} tok/s  (bucket {answer.bucket:,})",
+        )
+        self.line(
+            "decode",
+            f"{new:,} tok in {answer.decode_s:.2f} s  "
+            f"{new / max(answer.decode_s, 1e-9):,.1f} tok/s  stop: {answer.finish_reason}",
+        )
         self.line("kv", describe_budgets(answer.kept, answer.prompt_tokens, method, name))
         if (peak := peak_memory()) is not None:
             self.line("memory", f"peak {peak / 2**30:.1f} GiB")
@@ -121,7 +127,7 @@ class Reporter:
 def describe_budgets(kept: Sequence[Kept], n: int, method: Method, name: str) -> str:
     """Effective budgets as counts and per cent.
 
-        layers 0–14: 600 kept of 3,000 (20 %)   layers 15–29: 600 of 600 after TSP at layer 14
+    layers 0–14: 600 kept of 3,000 (20 %)   layers 15–29: 600 of 600 after TSP at layer 14
     """
     floor = getattr(method, "min_prompt_to_compress", 0)
     if all(run.kept == n for run in kept):

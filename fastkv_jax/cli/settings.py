@@ -33,7 +33,9 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
         choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
         scalar = str if choices else next(t for t in (*typing.get_args(kind), kind) if t is not type(None))
         metavar = None if choices else "N" if scalar is int else "R"
-        group.add_argument(f"--{name.replace('_', '-')}", type=scalar, choices=choices, metavar=metavar, help=_HELP[name])
+        group.add_argument(
+            f"--{name.replace('_', '-')}", type=scalar, choices=choices, metavar=metavar, help=_HELP[name]
+        )
 
 
 def check(options: argparse.Namespace) -> None:

@@ -28,8 +28,8 @@ class Segment(NamedTuple):
 class Rows(NamedTuple):
     """The right-aligned rows that enter a layer.
 
-        column      0   1   2   3   4   5   6   7
-        positions  -1  -1   3   4   9  10  11  12      start 2, stop 7: one token of template follows the question
+    column      0   1   2   3   4   5   6   7
+    positions  -1  -1   3   4   9  10  11  12      start 2, stop 7: one token of template follows the question
     """
 
     positions: Int[Array, "B S"]  # where each row stood in the prompt, -1 = padding
@@ -106,7 +106,7 @@ def static_plan(method: Method, num_layers: int, columns: int, tail: int, tile: 
 
 
 def check_plan(segments: Iterable[Segment], num_layers: int) -> tuple[Segment, ...]:
-    """Raise `FastKVConfigError` unless the segments cover 0..num_layers once, with 0 <= kept <= tokens, never growing."""
+    """Raise `FastKVConfigError` unless the segments cover every layer once, with 0 <= kept <= tokens, never growing."""
     segments = tuple(segments)
     edges = [0] + [segment.stop for segment in segments]
     if edges != [segment.first for segment in segments] + [num_layers]:
@@ -120,14 +120,16 @@ def check_plan(segments: Iterable[Segment], num_layers: int) -> tuple[Segment, .
 
 @dataclass(frozen=True)
 class Budget:
-    """How many of n: a rate of the prompt or a count, exactly one of them."""
+    """How many of n: a rate of the prompt or a count, one of them."""
 
     rate: float | None
     count: int | None
 
     def of(self, n: np.ndarray) -> np.ndarray:
         """int(n * rate) in double precision, or min(n, count)."""
-        return np.minimum(n, self.count) if self.rate is None else np.floor(n * self.rate).astype(np.int64)
+        if self.rate is not None:
+            return np.floor(n * self.rate).astype(np.int64)
+        return n if self.count is None else np.minimum(n, self.count)
 
 
 def check_pair(rate_name: str, rate: float | None, count_name: str, count: int | None) -> None:
