@@ -8,9 +8,9 @@ import random
 import sys
 
 FACTS = (
+    "The spare lamp of the lighthouse is kept in the cellar of the old bakery.",
     "The secret number of the harbour safe is 4072915.",
-    "The lighthouse key has the number 8316407 on it.",
-    "The telephone number of the lighthouse is 2750938.",
+    "The captain of the ferry Aurora is called Ingrid Solberg.",
 )
 WHO = (
     "the keeper",
