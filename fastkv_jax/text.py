@@ -1,8 +1,9 @@
 """Text in and out: tokenizers, chat prompts, streamed text, stop strings."""
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -250,3 +251,14 @@ def _question_end(tokenizer: Any, rendered: str, prompt: str, system: str | None
         if content in rendered:
             return rendered.rindex(content) + len(content)
     return len(rendered)
+
+
+@contextlib.contextmanager
+def _splitting(tokenizer: Any, split: bool) -> Iterator[None]:
+    """Inside, texts of special tokens are ordinary text."""
+    backend = tokenizer.backend_tokenizer
+    before, backend.encode_special_tokens = backend.encode_special_tokens, split
+    try:
+        yield
+    finally:
+        backend.encode_special_tokens = before

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from make_document import document
 
-KEYS = "harbor lantern meadow copper thistle orchard compass marble falcon cedar velvet ember granite willow saffron".split()
+KEYS = "harbor lantern meadow copper thistle orchard compass marble falcon cedar velvet ember granite willow".split()
 TOKENS_PER_WORD = 1.35  # English prose through SmolLM2's tokenizer; only the lengths depend on it
 TASK = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
