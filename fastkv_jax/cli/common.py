@@ -34,9 +34,11 @@ class Parser(argparse.ArgumentParser):
         """The flags, or an error that proposes the flag that was meant."""
         words = [_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
         options, unknown = self.parse_known_args(words)
-        if unknown:
+        if unknown == ["-"] and "dash" in options:
+            options.dash = True
+        elif unknown:
             known = [flag for action in self._actions for flag in action.option_strings]
-            close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+            close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.75)
             self.error(
                 f"unknown argument {unknown[0]!r}" + (f"; did you mean {close[0]}?" if close else "; see --help")
             )
@@ -138,7 +140,7 @@ def run(command: Callable[[argparse.Namespace], int], options: argparse.Namespac
     """Run a command; turn what it raises into one line on stderr and an exit code."""
     from fastkv_jax.errors import BackendError, CheckpointError, FastKVConfigError, InputError
 
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _ignore if options.quiet else _show_warning
     try:
         return command(options)
     except BrokenPipeError:
@@ -175,6 +177,10 @@ def _fail(error: object, code: int, options: argparse.Namespace) -> int:
         traceback.print_exception(error)
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return code
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    pass
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

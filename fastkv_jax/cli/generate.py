@@ -132,16 +132,18 @@ def _generate(options: argparse.Namespace, requests: list[prompts.Request], plat
 
     say = report.Reporter(quiet=options.quiet)
     dtype = ("float32" if platform == "cpu" else "bfloat16") if options.dtype == "auto" else options.dtype
-    say.header(platform, dtype)
     found = checkpoint.resolve(options.model, progress=not options.quiet)
     config = checkpoint.inspect(found)
     preset, method = settings.method(options, found.name, config.num_layers)
     tokenizer = text.load_tokenizer(found)
     text.check_vocabulary(tokenizer, config)
-    say.line("preset", preset.describe(options.method, method))
     chat = _use_chat(options, text.has_chat_template(tokenizer), requests)
+    jobs = list(_encode_all(options, requests, tokenizer, config, preset, chat))
+    say.header(platform, dtype)  # nothing is said before all checks are passed: an error is one line
+    say.line("preset", preset.describe(options.method, method))
     say.line("prompt", "through the chat template" if chat else "raw, without a chat template")
-    jobs = list(_encode_all(options, requests, tokenizer, config, preset, chat, say))
+    for request, job in jobs:
+        say.job(request.id, job, options.truncate)
     if options.dry_run:
         say.plan(
             config, method, [job for _, job in jobs if not isinstance(job, InputError)], dtype, options.max_new_tokens
@@ -176,7 +178,7 @@ def _use_chat(options: argparse.Namespace, has_template: bool, requests: list[pr
     return chat
 
 
-def _encode_all(options, requests, tokenizer, config, preset, chat, say) -> Iterator[tuple[prompts.Request, Any]]:
+def _encode_all(options, requests, tokenizer, config, preset, chat) -> Iterator[tuple[prompts.Request, Any]]:
     """Every request with its tokens; in a batch, one that does not fit is answered by its error."""
     from fastkv_jax.cli.engine import PromptOptions, encode
 
@@ -202,13 +204,8 @@ def _encode_all(options, requests, tokenizer, config, preset, chat, say) -> Iter
         except InputError as error:
             if options.input is None:
                 raise
-            say.line("error", f"id {request.id!r}: {error}")
             yield request, error
             continue
-        if job.cut:
-            say.line(
-                "truncated", f"{len(job.token_ids) + job.cut:,} tokens to {len(job.token_ids):,} ({options.truncate})"
-            )
         yield request, job
 
 

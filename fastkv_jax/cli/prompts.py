@@ -23,8 +23,8 @@ class Request:
 
 def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that name prompts."""
-    group = parser.add_argument_group("prompt (piped stdin if none is given)")
-    group.add_argument("stdin", nargs="?", choices=("-",), metavar="-", help="read the prompt from stdin")
+    group = parser.add_argument_group("prompt (stdin if none is given, or a lone -)")
+    parser.set_defaults(dash=None)  # a lone "-", which says what piping does anyway
     group.add_argument(
         "--prompt", metavar="TEXT", help="the question; with --prompt-file it follows the file, after a newline"
     )
@@ -54,9 +54,9 @@ def read_requests(options: argparse.Namespace) -> list[Request]:
         if options.output is not None:
             raise InputError("--output needs --input; a single answer goes to stdout")
         return [_single(options)]
-    for flag in ("prompt", "prompt_file", "system", "prefill", "stdin"):
+    for flag in ("prompt", "prompt_file", "system", "prefill", "dash"):
         if getattr(options, flag) is not None:
-            name = "-" if flag == "stdin" else f"--{flag.replace('_', '-')}"
+            name = "-" if flag == "dash" else f"--{flag.replace('_', '-')}"
             raise InputError(f"{name} and --input exclude each other; each line of --input brings its own")
     requests = _json_lines(options.input)
     if options.raw and any(request.system or request.prefill for request in requests):
@@ -73,10 +73,10 @@ def _single(options: argparse.Namespace) -> Request:
     if options.prompt is not None:
         parts.append(_read("-") if options.prompt == "-" else _check_text(options.prompt, "--prompt"))
     if not parts:
-        if options.stdin is None and sys.stdin.isatty():
+        if options.dash is None and sys.stdin.isatty():
             raise InputError("no prompt: give --prompt, --prompt-file, --input or pipe a text into stdin")
         parts.append(_read("-"))
-    elif options.stdin is not None:
+    elif options.dash is not None:
         raise InputError("- and --prompt or --prompt-file exclude each other")
     prompt = "\n".join(parts)
     if not prompt.strip():

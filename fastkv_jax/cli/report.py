@@ -67,6 +67,13 @@ class Reporter:
             versions = f"fastkv_jax {fastkv_jax.__version__} · jax {jax.__version__}"
             print(f"{versions} · {device} · {dtype}", file=sys.stderr, flush=True)
 
+    def job(self, identity: Any, job: Encoded | Exception, side: str | None) -> None:
+        """What happened to a prompt on its way to tokens, if anything did."""
+        if isinstance(job, Exception):
+            self.line("skipped", f"id {identity!r}: {job}")
+        elif job.cut:
+            self.line("cut", f"{len(job.token_ids) + job.cut:,} tokens to {len(job.token_ids):,} (--truncate {side})")
+
     @contextlib.contextmanager
     def timed(self, label: str, text: str) -> Iterator[Callable[[str], None]]:
         """A line with the seconds the block took; the block may add a note."""

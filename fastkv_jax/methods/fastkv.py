@@ -87,7 +87,7 @@ class FastKV:
         """The TSP layer must exist, and something must come after it."""
         last = num_layers - 1 if self.published else num_layers - 2
         if self.tsp_layer > last:
-            raise FastKVConfigError(f"tsp_layer {self.tsp_layer} is outside 0..{last} for a {num_layers}-layer model")
+            raise FastKVConfigError(f"tsp_layer {self.tsp_layer} is outside 0…{last} for a {num_layers}-layer model")
 
     def plan(self, n: np.ndarray, num_layers: int) -> tuple[Segment, ...]:
         """Section 4, algorithm 1: two runs of layers, their budgets decoupled."""
