@@ -1,0 +1,13 @@
+"""How far numbers may be apart, all in one place: absolute, float32 unless said."""
+
+LOGITS = 1e-4  # next-token logits of the small models against a recording or the float64 oracle
+CACHE = 2e-4  # keys and values against the same
+SAME = 2e-5  # the library against itself by another route (padding, batch, mesh): only the order of sums differs
+SCORES = 1e-6  # window scores against float64
+ATTENTION = 5e-6  # attention against float64
+ATTENTION_BF16 = 3e-2  # values of size 1 in bfloat16 (8 bits), averaged
+LOGITS_BF16 = 0.5  # four random layers in bfloat16, logits of size 3: the right order of magnitude, no more
+
+REAL_LOGITS = 5e-3  # a trained model of 30 layers against its recording
+REAL_SETS = 0.002  # share of a kept set that may differ: a few boundaries of real text lie within float noise
+REAL_GAP = 1e-2  # greedy tokens agree up to the first step whose two best logits are closer than this
