@@ -24,7 +24,7 @@ from fastkv_jax.buckets import TILE
 from fastkv_jax.cache import KVCache, SegmentKV
 from fastkv_jax.errors import CheckpointError, InputError
 from fastkv_jax.inputs import Prompt, check_batch, static_tail
-from fastkv_jax.methods.base import Method, Rows, Stage, static_plan
+from fastkv_jax.methods.base import Method, Rows, static_plan
 from fastkv_jax.model import Llama
 from fastkv_jax.sampling import Greedy, Sampler
 from fastkv_jax.select import choose
@@ -85,7 +85,7 @@ def prefill(
     static = Static(method, max_new_tokens, static_tail(prompt.window_end), platform or platform_of(model))
     if progress is None:
         return _prefill_jit(model, prompt, static=static)
-    return _prefill(model, prompt, static, partial(_run_and_report, progress=progress))
+    return _prefill(model, prompt, static, group=GROUP, progress=progress)
 
 
 def compile_prefill(
@@ -97,11 +97,15 @@ def compile_prefill(
     max_new_tokens: int,
     window_end: Any = 0,
     platform: Platform | None = None,
-) -> jax.stages.Compiled:
-    """Compile what `prefill` with these arguments (and no progress) will run, so that it starts at once."""
+    progress: bool = False,
+) -> None:
+    """Compile what `prefill` with these arguments, with or without `progress`, will run, so that it starts at once."""
     prompt = check_prompt(model, tokens, start, window_end, method, max_new_tokens)
     static = Static(method, max_new_tokens, static_tail(prompt.window_end), platform or platform_of(model))
-    return _prefill_jit.lower(model, prompt, static=static).compile()
+    if progress:
+        jax.eval_shape(lambda prompt: _prefill(model, prompt, static, _compile_and_call, GROUP), prompt)
+    else:
+        _prefill_jit.lower(model, prompt, static=static).compile()
 
 
 def check_prompt(model: Llama, tokens: Any, start: Any, window_end: Any, method: Method, max_new_tokens: int) -> Prompt:
@@ -126,60 +130,79 @@ class Static(NamedTuple):
     platform: Platform
 
 
-def _prefill(model: Llama, prompt: Prompt, static: Static, run_layers: Callable[..., Any]) -> Prefill:
-    """The whole algorithm: run a stage's layers, keep entries, choose the rows that go on, run the next stage's."""
-    config, method = model.config, static.method
-    batch, columns = prompt.tokens.shape
-    n = columns - prompt.start
-    protected = method.window_size + prompt.window_end if method.window_size else jnp.zeros_like(n)
+def _call(program: Callable[..., Any], *args: Any, **static: Any) -> Any:
+    return program(*args, **static)
 
-    x = model.embed(prompt.tokens)
+
+def _compile_and_call(program: Any, *args: Any, **static: Any) -> Any:
+    """Compile a program for arguments of which only the shapes are known, and pass on the shapes of its results."""
+    shapes = [
+        a if isinstance(a, Llama) else jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), a) for a in args
+    ]
+    program.lower(*shapes, **static).compile()
+    return program(*args, **static)
+
+
+def _prefill(
+    model: Llama,
+    prompt: Prompt,
+    static: Static,
+    call: Callable[..., Any] = _call,
+    group: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Prefill:
+    """The whole algorithm: run a stage's layers, keep entries, choose the rows that go on, run the next stage's.
+
+    Its programs go through `call`: parts of one program if this is traced, else each its own. `group` limits the
+    layers of one call.
+    """
+    stages = static_plan(static.method, model.config.num_layers, prompt.tokens.shape[1], static.tail, TILE)
+    x, rows, n, protected = call(_enter, model, prompt, static=static)
+    token_scores, budget, propagated, segments = None, n, None, []
+    for stage in stages:
+        if stage.propagates:
+            budget = call(_budget, stage.tokens, n, n, protected)
+            x, rows = call(_propagate, x, rows, token_scores, budget, width=stage.width)
+            propagated = rows.positions
+        kept = call(_budget, stage.kept, n, budget, protected)
+        capacity = stage.capacity if stage.compresses else None
+        size = group or max(stage.stop - stage.first, 1)
+        for first in range(stage.first, stage.stop, size):
+            layers = np.arange(first, min(first + size, stage.stop))
+            x, token_scores, entries = call(_run_layers, model, x, rows, kept, layers, capacity=capacity, static=static)
+            segments.append(entries)
+            if progress is not None:
+                jax.block_until_ready(entries)
+                progress(len(layers))
+    return call(_leave, model, x, tuple(segments), n, propagated, static=static)
+
+
+@partial(jax.jit, static_argnames=("static",))
+def _enter(model: Llama, prompt: Prompt, *, static: Static):
+    """(hidden rows, where they stand, true lengths, how many of the last rows must always stay)."""
+    columns = prompt.tokens.shape[1]
     position = jnp.arange(columns) - prompt.start[:, None]
     rows = Rows(jnp.maximum(position, -1), prompt.start, jnp.asarray(columns - prompt.window_end))
-    token_scores, budget, propagated, segments = None, n, None, []
-    for stage in static_plan(method, config.num_layers, columns, static.tail, TILE):
-        if stage.propagates:
-            budget = jnp.minimum(n, jnp.maximum(jnp.asarray(stage.tokens)[n], protected))
-            x, rows = _propagate(x, rows, token_scores, budget, stage.width)
-            propagated = rows.positions
-        if stage.first < stage.stop:  # the published code allows TSP after the last layer
-            kept = jnp.minimum(budget, jnp.maximum(jnp.asarray(stage.kept)[n], protected))
-            x, token_scores, kept_entries = run_layers(model, x, rows, kept, stage, static)
-            segments += kept_entries
-
-    shape = (config.num_layers, batch, config.num_kv_heads, static.max_new_tokens, config.head_dim)
-    k_new, v_new = jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype)
-    cache = KVCache(tuple(segments), k_new, v_new, jnp.zeros((), jnp.int32), n)
-    return Prefill(model.logits(x[:, -1]), cache, propagated)
+    window = static.method.window_size
+    protected = window + prompt.window_end if window else jnp.zeros_like(prompt.start)
+    return model.embed(prompt.tokens), rows, columns - prompt.start, protected
 
 
-def _propagate(x, rows: Rows, token_scores, budget, width: int):
+@jax.jit
+def _budget(table: Int[Array, " T"], n, limit, protected):
+    """The exact budget of each row: looked up by its true length, never less than what must stay, within the limit."""
+    return jnp.minimum(limit, jnp.maximum(table[n], protected))
+
+
+@partial(jax.jit, static_argnames=("width",))
+def _propagate(x, rows: Rows, token_scores, budget, *, width: int):
     """Token-selective propagation: the best `budget` rows go on, in the order of the text."""
     chosen = choose(token_scores, budget, width)
     tail = rows.positions.shape[1] - rows.stop
     return chosen.take(x, 0), Rows(chosen.take(rows.positions, -1), width - budget, width - tail)
 
 
-def _run_stage(model: Llama, x, rows: Rows, kept, stage: Stage, static: Static):
-    """All layers of a stage in one scan."""
-    layers = jnp.arange(stage.first, stage.stop)
-    capacity = stage.capacity if stage.compresses else None
-    x, token_scores, entries = _run_layers(model, x, rows, kept, layers, capacity=capacity, static=static)
-    return x, token_scores, [entries]
-
-
-def _run_and_report(model: Llama, x, rows: Rows, kept, stage: Stage, static: Static, *, progress):
-    """The layers of a stage a few at a time, each group a segment of the cache of its own."""
-    capacity = stage.capacity if stage.compresses else None
-    token_scores, segments = None, []
-    for first in range(stage.first, stage.stop, GROUP):
-        layers = jnp.arange(first, min(first + GROUP, stage.stop))
-        x, token_scores, entries = _run_layers_jit(model, x, rows, kept, layers, capacity=capacity, static=static)
-        segments.append(jax.block_until_ready(entries))
-        progress(layers.size)
-    return x, token_scores, segments
-
-
+@partial(jax.jit, static_argnames=("capacity", "static"))
 def _run_layers(model: Llama, x, rows: Rows, kept, layers, *, capacity: int | None, static: Static):
     """(hidden rows, token scores of the last layer, what each of these layers keeps: all if capacity is None)."""
     cos, sin = rope.angles(model.config.rope, model.config.head_dim, jnp.maximum(rows.positions, 0))
@@ -211,8 +234,17 @@ def _keep(k, v, rows: Rows, kv_scores, kept, capacity: int | None) -> SegmentKV:
     return SegmentKV(chosen.take(k, 0), chosen.take(v, 0), chosen.take(positions, -1))
 
 
-_prefill_jit = jax.jit(partial(_prefill, run_layers=_run_stage), static_argnames=("static",))
-_run_layers_jit = jax.jit(_run_layers, static_argnames=("capacity", "static"), donate_argnames=("x",))
+@partial(jax.jit, static_argnames=("static",))
+def _leave(model: Llama, x, segments: tuple[SegmentKV, ...], n, propagated, *, static: Static) -> Prefill:
+    """Logits of the last row, and the cache with an empty buffer for decoded tokens."""
+    c = model.config
+    shape = (c.num_layers, x.shape[0], c.num_kv_heads, static.max_new_tokens, c.head_dim)
+    k_new, v_new = jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype)
+    cache = KVCache(segments, k_new, v_new, jnp.zeros((), jnp.int32), n)
+    return Prefill(model.logits(x[:, -1]), cache, propagated)
+
+
+_prefill_jit = jax.jit(_prefill, static_argnames=("static",))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

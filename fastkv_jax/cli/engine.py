@@ -130,15 +130,13 @@ class Engine:
 
     def _prefill(self, answer: Answer, tokens, start, window_end: int, on_compile, progress) -> inference.Prefill:
         options = {"method": self.method, "max_new_tokens": self.max_new_tokens, "window_end": window_end}
-        if progress is not None and answer.bucket >= LONG_PROMPT:
-            options["progress"] = progress
-        else:
-            with _Timer() as timer:
-                inference.compile_prefill(self.model, tokens, start, **options)
-            answer.compile_s += timer.seconds
-            on_compile(f"prefill[{answer.bucket:,}]", timer.seconds)
+        progress = progress if answer.bucket >= LONG_PROMPT else None
         with _Timer() as timer:
-            result = jax.block_until_ready(inference.prefill(self.model, tokens, start, **options))
+            inference.compile_prefill(self.model, tokens, start, **options, progress=progress is not None)
+        answer.compile_s += timer.seconds
+        on_compile(f"prefill[{answer.bucket:,}]", timer.seconds)
+        with _Timer() as timer:
+            result = jax.block_until_ready(inference.prefill(self.model, tokens, start, **options, progress=progress))
         answer.prefill_s = timer.seconds
         return result
 

@@ -1,0 +1,289 @@
+"""Prefill, decode and generate: what they return, against the oracle and against each other by other routes."""
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fastkv_jax as fk
+from examples import BUCKET, LENGTHS, METHODS, MODEL_A, NEW, PROMPTS, TAILS, filled, model_a, oracle_settings, ragged
+from examples import weights_a as oracle_model
+from fastkv_jax import inference
+from fastkv_jax.inference import Prefill
+from fastkv_jax.methods.base import Method
+from oracle import oracle_forward, oracle_generate
+from tolerances import CACHE, LOGITS, LOGITS_BF16, SAME
+
+LAYERS = 4
+FASTKV = METHODS[1]
+all_methods = pytest.mark.parametrize("method", METHODS, ids=str)
+
+
+def batch() -> tuple[np.ndarray, np.ndarray]:
+    return fk.pad_batch(PROMPTS, BUCKET)
+
+
+def generate(method: Method, **options: Any) -> fk.inference.Generated:
+    return fk.generate(model_a(), *batch(), method=method, **({"max_new_tokens": NEW, "stop_tokens": ()} | options))
+
+
+@cache
+def greedy(method: Method) -> np.ndarray:
+    return np.asarray(generate(method).tokens)
+
+
+def assert_same_row(a: Prefill, row: int, b: Prefill, other: int, tolerance: float = SAME) -> None:
+    """The same logits, positions and entries, wherever the padding and however many the slots."""
+    np.testing.assert_allclose(a.logits[row], b.logits[other], rtol=0, atol=tolerance)
+    for i in range(LAYERS):
+        one, two = a.cache.layer(i), b.cache.layer(i)
+        kept = filled(one.positions[row])
+        np.testing.assert_array_equal(kept, filled(two.positions[other]))
+        slots = kept.shape[1]
+        np.testing.assert_allclose(one.k[row, :, -slots:], two.k[other, :, -slots:], rtol=0, atol=tolerance)
+        np.testing.assert_allclose(one.v[row, :, -slots:], two.v[other, :, -slots:], rtol=0, atol=tolerance)
+    assert (a.propagated is None) == (b.propagated is None)
+    if a.propagated is not None and b.propagated is not None:
+        np.testing.assert_array_equal(*(filled(x.propagated[r][None]) for x, r in ((a, row), (b, other))))
+
+
+# ------------------------------------------------------------------------------------------------------- the oracle
+
+
+@pytest.mark.parametrize("tails", [0, TAILS], ids=["no tail", "a tail for each row"])
+@all_methods
+def test_prefill_of_a_ragged_batch_agrees_with_the_oracle(method: Method, tails: tuple[int, ...] | int):
+    ours = ragged(method, tails)
+    for row, (prompt, tail) in enumerate(zip(PROMPTS, np.broadcast_to(tails, len(PROMPTS)), strict=True)):
+        theirs = oracle_forward(*oracle_model(), prompt, method=oracle_settings(method), window_end=int(tail))
+        np.testing.assert_allclose(ours.logits[row], theirs.logits, rtol=0, atol=LOGITS)
+        for i in range(LAYERS):
+            entries = ours.cache.layer(i)
+            np.testing.assert_array_equal(filled(entries.positions[row]), theirs.kept[i])
+            slots = theirs.kept[i].shape[1]
+            np.testing.assert_allclose(entries.k[row, :, -slots:], theirs.k[i], rtol=0, atol=CACHE)
+            np.testing.assert_allclose(entries.v[row, :, -slots:], theirs.v[i], rtol=0, atol=CACHE)
+        if theirs.propagated is None:
+            assert ours.propagated is None
+        else:
+            np.testing.assert_array_equal(filled(ours.propagated[row][None])[0], theirs.propagated)
+
+
+@all_methods
+def test_greedy_tokens_agree_with_the_oracle(method: Method):
+    for row, prompt in enumerate(PROMPTS):
+        tokens, _ = oracle_generate(*oracle_model(), prompt, NEW, method=oracle_settings(method))
+        assert greedy(method)[row].tolist() == tokens
+
+
+# ------------------------------------------------------------------------------------------- other routes, same result
+
+
+@all_methods
+def test_every_row_equals_its_run_alone(method: Method):
+    tokens, start = batch()
+    for row, tail in enumerate(TAILS):
+        alone = fk.prefill(
+            model_a(), tokens[[row]], start[[row]], method=method, max_new_tokens=NEW, window_end=[tail]
+        )
+        assert_same_row(alone, 0, ragged(method, TAILS), row)
+
+
+@all_methods
+def test_left_padding_changes_nothing(method: Method):
+    tokens, start = fk.pad_batch(PROMPTS, BUCKET + 128)
+    wider = fk.prefill(model_a(), tokens, start, method=method, max_new_tokens=NEW)
+    for row in range(len(PROMPTS)):
+        assert_same_row(wider, row, ragged(method), row)
+
+
+@all_methods
+def test_what_stands_in_the_padding_changes_nothing(method: Method):
+    tokens, start = batch()
+    noise = np.random.default_rng(0).integers(0, 128, tokens.shape)
+    noisy = np.where(np.arange(BUCKET) < start[:, None], noise, tokens)
+    dirty = fk.prefill(model_a(), noisy, start, method=method, max_new_tokens=NEW)
+    for row in range(len(PROMPTS)):
+        assert_same_row(dirty, row, ragged(method), row, tolerance=0)
+
+
+@all_methods
+def test_all_lengths_of_a_bucket_share_one_compilation(method: Method):
+    options: dict[str, Any] = {"method": method, "max_new_tokens": NEW}
+    fk.prefill(model_a(), *fk.pad_batch([PROMPTS[-1]], BUCKET), **options)
+    before = inference._prefill_jit._cache_size()
+    for prompt in PROMPTS:
+        fk.prefill(model_a(), *fk.pad_batch([prompt], BUCKET), **options)
+    for tail in range(1, 65, 9):  # nor do the lengths of a template's tail, up to 64, but for none
+        fk.prefill(model_a(), *fk.pad_batch([PROMPTS[-1]], BUCKET), window_end=tail, **options)
+    assert inference._prefill_jit._cache_size() <= before + 1
+
+
+@all_methods
+def test_prefill_under_an_outer_jit_is_the_same(method: Method):
+    @jax.jit
+    def outer(model, tokens, start):
+        return fk.prefill(model, tokens, start, method=method, max_new_tokens=NEW)
+
+    traced = outer(model_a(), *(jnp.asarray(a) for a in batch()))
+    for row in range(len(PROMPTS)):
+        assert_same_row(traced, row, ragged(method), row)
+
+
+@all_methods
+def test_prefill_that_reports_progress_is_the_same(method: Method):
+    done: list[int] = []
+    reported = fk.prefill(model_a(), *batch(), method=method, max_new_tokens=NEW, progress=done.append)
+    assert sum(done) == LAYERS
+    for row in range(len(PROMPTS)):
+        assert_same_row(reported, row, ragged(method), row)
+
+
+@all_methods
+def test_a_mesh_of_two_devices_changes_nothing(method: Method):
+    mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
+    model = fk.load_model(MODEL_A, dtype="float32", mesh=mesh)
+    spread = fk.prefill(model, *batch(), method=method, max_new_tokens=NEW)
+    for row in range(len(PROMPTS)):
+        assert_same_row(spread, row, ragged(method), row)
+    made = fk.generate(model, *batch(), method=method, max_new_tokens=NEW, stop_tokens=())
+    np.testing.assert_array_equal(made.tokens, greedy(method))
+
+
+def test_a_full_budget_equals_full_context_bit_for_bit():
+    everything = fk.FastKV(tsp_layer=1, tsp_rate=1.0, retention_rate=1.0)
+    np.testing.assert_array_equal(ragged(everything).logits, ragged(fk.FullKV()).logits)
+    np.testing.assert_array_equal(greedy(everything), greedy(fk.FullKV()))
+
+
+def test_a_prompt_below_its_budget_equals_full_context():
+    method = fk.FastKV(tsp_layer=1, tsp_length=140, capacity=135)
+    for row, n in enumerate(LENGTHS):
+        if n <= 135:
+            np.testing.assert_allclose(ragged(method).logits[row], ragged(fk.FullKV()).logits[row], rtol=0, atol=SAME)
+            np.testing.assert_array_equal(greedy(method)[row], greedy(fk.FullKV())[row])
+        else:
+            assert np.abs(ragged(method).logits[row] - ragged(fk.FullKV()).logits[row]).max() > LOGITS
+
+
+def test_a_prompt_below_min_prompt_to_compress_equals_full_context():
+    method = fk.FastKV(tsp_layer=1, tsp_rate=0.3, retention_rate=0.2, min_prompt_to_compress=132)
+    for row in range(5):
+        np.testing.assert_allclose(ragged(method).logits[row], ragged(fk.FullKV()).logits[row], rtol=0, atol=SAME)
+        np.testing.assert_array_equal(greedy(method)[row], greedy(fk.FullKV())[row])
+    assert filled(ragged(method).cache.layer(0).positions[5]).shape == (2, 51)
+
+
+@all_methods
+def test_bfloat16_runs_and_is_near(method: Method):
+    model = fk.load_model(MODEL_A, dtype="bfloat16")
+    prompt = fk.prefill(model, *batch(), method=method, max_new_tokens=NEW)
+    assert prompt.logits.dtype == jnp.float32
+    assert prompt.cache.layer(0).k.dtype == prompt.cache.k_new.dtype == jnp.bfloat16
+    full = method == fk.FullKV()
+    rows = slice(None) if full else slice(0, 3)  # of longer prompts, rounding may keep other entries
+    np.testing.assert_allclose(prompt.logits[rows], ragged(method).logits[rows], rtol=0, atol=LOGITS_BF16)
+    logits, _ = fk.decode_step(model, jnp.argmax(prompt.logits, axis=-1), prompt.cache)
+    assert np.isfinite(logits).all()
+
+
+# ------------------------------------------------------------------------------------------------------------- decoding
+
+
+@all_methods
+def test_generate_equals_repeated_decode_steps(method: Method):
+    prompt = fk.prefill(model_a(), *batch(), method=method, max_new_tokens=NEW)
+    logits, cache, tokens = prompt.logits, prompt.cache, []
+    for _ in range(NEW):
+        tokens.append(np.argmax(logits, axis=-1))
+        logits, cache = fk.decode_step(model_a(), tokens[-1], cache)
+    np.testing.assert_array_equal(greedy(method), np.stack(tokens, axis=1))
+    np.testing.assert_array_equal(cache.position, np.array(LENGTHS) + NEW)
+    assert int(cache.used) == NEW
+
+
+def test_a_decode_step_without_room_is_refused():
+    prompt = fk.prefill(model_a(), *batch(), method=FASTKV, max_new_tokens=0)
+    with pytest.raises(fk.InputError, match=r"cache is full \(\d+/\d+\): it has room for max_new_tokens=0"):
+        fk.decode_step(model_a(), np.zeros(len(PROMPTS), np.int32), prompt.cache)
+    prompt = fk.prefill(model_a(), *batch(), method=FASTKV, max_new_tokens=NEW)
+    cache = prompt.cache
+    for _ in range(NEW):
+        _, cache = fk.decode_step(model_a(), np.zeros(len(PROMPTS), np.int32), cache)
+    with pytest.raises(fk.InputError, match="cache is full"):
+        fk.decode_step(model_a(), np.zeros(len(PROMPTS), np.int32), cache)
+
+
+def test_no_new_tokens_is_a_prefill_alone():
+    made = generate(FASTKV, max_new_tokens=0)
+    assert made.tokens.shape == (len(PROMPTS), 0)
+    np.testing.assert_array_equal(made.lengths, 0)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_fewer_new_tokens_are_a_prefix(tokens: int):
+    np.testing.assert_array_equal(generate(FASTKV, max_new_tokens=tokens).tokens, greedy(FASTKV)[:, :tokens])
+
+
+def test_a_row_ends_at_its_stop_token_and_is_padded_after_it():
+    free = greedy(FASTKV)
+    stop = (int(free[3, 2]), int(free[5, 0]))
+    made = generate(FASTKV, stop_tokens=stop)
+    for row, tokens in enumerate(free):
+        met = np.flatnonzero(np.isin(tokens, stop))
+        length = met[0] + 1 if met.size else NEW
+        assert int(made.lengths[row]) == length
+        assert made.tokens[row].tolist() == [*tokens[:length], *[0] * (NEW - length)]
+    assert int(made.lengths[5]) == 1 and int(made.lengths[3]) <= 3 and int(made.lengths.max()) > 3
+
+
+def test_all_rows_may_stop_at_once():
+    made = generate(FASTKV, stop_tokens=greedy(FASTKV)[:, 0].tolist())
+    np.testing.assert_array_equal(made.lengths, 1)
+    np.testing.assert_array_equal(made.tokens[:, 1:], 0)
+
+
+def test_stop_and_pad_tokens_come_from_the_checkpoint_unless_given(tmp_path: Path):
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL_A, folder)
+    stop, pad = int(greedy(FASTKV)[4, 1]), 5
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [stop], "pad_token_id": pad}))
+    model = fk.load_model(folder, dtype="float32")
+    made = fk.generate(model, *batch(), method=FASTKV, max_new_tokens=NEW)
+    expected = generate(FASTKV, stop_tokens=(stop,))
+    np.testing.assert_array_equal(made.lengths, expected.lengths)
+    after = np.arange(NEW) >= np.asarray(made.lengths)[:, None]
+    np.testing.assert_array_equal(made.tokens, np.where(after, pad, expected.tokens))
+    assert after[4].sum() >= NEW - 2
+    unstopped = fk.generate(model, *batch(), method=FASTKV, max_new_tokens=NEW, stop_tokens=())
+    np.testing.assert_array_equal(unstopped.tokens, greedy(FASTKV))
+
+
+def test_a_model_with_broken_weights_is_reported_not_decoded():
+    model = model_a()
+    leaves, tree = jax.tree.flatten(model)
+    broken = jax.tree.unflatten(tree, [jnp.full_like(leaf, jnp.nan) for leaf in leaves])
+    with pytest.raises(fk.CheckpointError, match="non-finite logits at step 0"):
+        fk.generate(broken, *batch(), method=FASTKV, max_new_tokens=NEW)
+
+
+def test_sampling_is_reproducible_by_key():
+    sampler = fk.Sample(temperature=1.5, top_p=0.95, top_k=50)
+    first, again, other = (
+        np.asarray(generate(FASTKV, sampler=sampler, key=jax.random.key(seed)).tokens) for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    with pytest.raises(fk.InputError, match=r"Sample needs key=jax.random.key\(seed\)"):
+        generate(FASTKV, sampler=sampler)
+
+
+def test_sampling_from_the_best_token_alone_is_greedy():
+    made = generate(FASTKV, sampler=fk.Sample(top_k=1), key=jax.random.key(0))
+    np.testing.assert_array_equal(made.tokens, greedy(FASTKV))
