@@ -1,9 +1,8 @@
 """Text in and out: tokenizers, chat prompts, streamed text, stop strings."""
 
-import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +82,7 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 def encode_raw(tokenizer: Any, text: str, *, split_special_tokens: bool = False) -> EncodedPrompt:
     """A text without a template: with BOS if the tokenizer adds it, once even if the text brings its own."""
-    with _splitting(tokenizer, split_special_tokens):
-        ids = list(tokenizer(text, verbose=False)["input_ids"])
+    ids = list(tokenizer(text, verbose=False, split_special_tokens=split_special_tokens)["input_ids"])
     ids = ids[1:] if ids[:1] == ids[1:2] == [tokenizer.bos_token_id] else ids
     return EncodedPrompt(ids, 0, len(ids))
 
@@ -112,13 +110,13 @@ def encode_chat(
     text = rendered + (prefill or "")
 
     # The template writes BOS itself where the model wants one.
-    def encode(part: str) -> Any:
-        return tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    def encode(part: str, split: bool = False) -> Any:
+        options = {"add_special_tokens": False, "verbose": False, "split_special_tokens": split}
+        return tokenizer(part, return_offsets_mapping=True, **options)
 
     if split_special_tokens:
         head, tail = encode(text[:first])["input_ids"], encode(text[end:])["input_ids"]
-        with _splitting(tokenizer, True):
-            words = encode(text[first:end])["input_ids"]
+        words = encode(text[first:end], split=True)["input_ids"]
         return EncodedPrompt([*head, *words, *tail], len(head), len(head) + len(words))
     encoded = encode(text)
     starts = [start for start, _ in encoded["offset_mapping"]]
@@ -251,14 +249,3 @@ def _question_end(tokenizer: Any, rendered: str, prompt: str, system: str | None
         if content in rendered:
             return rendered.rindex(content) + len(content)
     return len(rendered)
-
-
-@contextlib.contextmanager
-def _splitting(tokenizer: Any, split: bool) -> Iterator[None]:
-    """Inside, texts of special tokens are ordinary text."""
-    backend = tokenizer.backend_tokenizer
-    before, backend.encode_special_tokens = backend.encode_special_tokens, split
-    try:
-        yield
-    finally:
-        backend.encode_special_tokens = before

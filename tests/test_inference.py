@@ -89,9 +89,7 @@ def test_greedy_tokens_agree_with_the_oracle(method: Method):
 def test_every_row_equals_its_run_alone(method: Method):
     tokens, start = batch()
     for row, tail in enumerate(TAILS):
-        alone = fk.prefill(
-            model_a(), tokens[[row]], start[[row]], method=method, max_new_tokens=NEW, window_end=[tail]
-        )
+        alone = fk.prefill(model_a(), tokens[[row]], start[[row]], method=method, max_new_tokens=NEW, window_end=[tail])
         assert_same_row(alone, 0, ragged(method, TAILS), row)
 
 

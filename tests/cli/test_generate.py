@@ -1,0 +1,207 @@
+"""The command line at work: answers on stdout, everything else on stderr."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastkv_jax.cli import generate
+
+ROOT = Path(__file__).parent.parent.parent
+LONG = "The keeper counted the oars at low tide. " * 20
+
+
+@pytest.fixture
+def run(monkeypatch, capfd, tmp_path, tiny_model):
+    """Run the command on the tiny model in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str, stdin: bytes = b"") -> tuple[int, str, str]:
+        Path("stdin").write_bytes(stdin)
+        with Path("stdin").open() as pipe, monkeypatch.context() as patch:
+            patch.setattr("sys.stdin", pipe)
+            code = generate.main(["--model", str(tiny_model), "--no-compile-cache", "-n", "8", *words])
+        return (code, *capfd.readouterr())
+
+    return run
+
+
+def test_only_the_answer_goes_to_stdout(run):
+    code, out, err = run("--prompt", "hello")
+    assert code == 0 and out.endswith("\n") and len(out) > 1
+    assert "fastkv_jax" in err and "preset   default: fastkv tsp_layer=1" in err and "through the chat template" in err
+    assert "no compression: prompt < 512, min_prompt_to_compress" in err
+    assert run("--prompt", "hello", "--quiet") == (0, out, "")
+
+
+def test_stdin_file_and_flag_are_the_same_prompt(run):
+    _, out, _ = run("--prompt", "one\ntwo")
+    Path("one.txt").write_bytes(b"\xef\xbb\xbfone")  # a byte-order mark is no text
+    assert run("--prompt-file", "one.txt", "--prompt", "two")[1] == out
+    assert run(stdin=b"one\ntwo")[1] == out
+    assert run("-", stdin=b"one\ntwo")[1] == out
+    assert run("--prompt-file", "-", stdin=b"one\ntwo")[1] == out
+
+
+def test_both_spellings_of_flags_work(run):
+    assert run("--prompt", "hi", "--max_new_tokens", "3", "--json")[0] == 0
+
+
+def test_json_holds_everything_and_is_valid(run):
+    code, out, _ = run("--prompt", LONG, "--json", "--retention-rate", "0.1")
+    answer = json.loads(out)
+    assert code == 0 and out.count("\n") == 1
+    n = answer["prompt_tokens"]
+    assert answer["kv"] == [
+        {"first_layer": 0, "last_layer": 1, "tokens": n, "kept": int(n * 0.1)},
+        {"first_layer": 2, "last_layer": 3, "tokens": int(n * 0.2), "kept": int(int(n * 0.2) * (0.1 / 0.2))},
+    ]
+    assert answer["finish_reason"] in ("length", "eos") and len(answer["token_ids"]) == answer["generated_tokens"]
+    assert answer["settings"]["retention_rate"] == 0.1 and answer["settings"]["method"] == "fastkv"
+    assert set(answer["timings"]) == {"compile_s", "prefill_s", "decode_s"}
+    assert answer["peak_memory_bytes"] is None and answer["versions"]["jax"]
+
+
+def test_the_paper_preset_compresses_short_prompts_and_judges_by_the_end_of_the_prompt(run):
+    _, out, err = run("--prompt", LONG[:200], "--json", "--preset", "paper")
+    n = json.loads(out)["prompt_tokens"]
+    assert json.loads(out)["kv"][0]["kept"] == int(n * 0.1)
+    assert "preset   paper: fastkv" in err and "window ends with the prompt" in err
+
+
+def test_a_flag_replaces_its_partner_in_the_preset(run):
+    settings = json.loads(run("--prompt", LONG, "--json", "--capacity", "64", "--tsp-length", "100")[1])["settings"]
+    assert (settings["capacity"], settings["retention_rate"]) == (64, None)
+    assert (settings["tsp_length"], settings["tsp_rate"]) == (100, None)
+
+
+def test_full_context_is_a_method_too(run):
+    _, out, err = run("--prompt", LONG, "--json", "--method", "full")
+    answer = json.loads(out)
+    assert answer["kv"][0]["kept"] == answer["prompt_tokens"] and "(method full)" in err
+
+
+def test_raw_leaves_the_template_out_and_system_and_prefill_go_into_it(run):
+    def count(*words: str) -> int:
+        return json.loads(run(*words, "--json")[1])["prompt_tokens"]
+
+    plain = count("--prompt", "hi")
+    assert count("--prompt", "hi", "--raw") == 2
+    assert count("--prompt", "hi", "--prefill", "Well") == plain + 4
+    assert count("--prompt", "hi", "--system", "Be kind") > plain + 7
+    assert count("--prompt", "<|end|>", "--raw") == 1
+    assert count("--prompt", "<|end|>", "--raw", "--split-special-tokens") == 7
+
+
+def test_stop_strings_end_the_answer_and_are_not_printed(run):
+    text = json.loads(run("--prompt", "hello", "--json", "--raw")[1])["text"]
+    stop = text[3:5]
+    answer = json.loads(run("--prompt", "hello", "--json", "--raw", "--stop", stop)[1])
+    assert answer["finish_reason"] == "stop" and answer["text"] == text[: text.index(stop)]
+
+
+def test_a_seed_makes_sampling_reproducible(run):
+    words = ("--prompt", "hello", "--temperature", "1", "--top-k", "50", "--min-p", "0.01", "--seed")
+    five, again, six = (json.loads(run(*words, seed, "--json")[1])["token_ids"] for seed in ("5", "5", "6"))
+    assert five == again != six
+
+
+@pytest.mark.parametrize("side", ("left", "middle", "right"))
+def test_truncation_cuts_the_words_and_keeps_the_template(run, side):
+    code, out, err = run("--prompt", LONG, "--max-seq-len", "200", "--truncate", side, "--json")
+    assert code == 0 and json.loads(out)["prompt_tokens"] == 192
+    assert f"(--truncate {side})" in err
+
+
+def test_a_dry_run_prints_the_plan_and_loads_nothing(run, monkeypatch):
+    from fastkv_jax import checkpoint
+
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    code, out, _ = run("--prompt", LONG, "--dry-run")
+    assert code == 0 and "weights" in out and "after TSP at layer 1" in out and "cache" in out
+
+
+def rows(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_batch_answers_each_row_as_it_would_be_alone(run):
+    batch = [
+        {"id": "a", "prompt": "hello"},
+        {"prompt": LONG, "system": None, "prefill": ""},
+        {"id": 7, "prompt": "hello", "system": "Be kind", "prefill": "Well", "ignored": 1},
+    ]
+    Path("in.jsonl").write_text("\n".join(map(json.dumps, batch)) + "\n\n")
+    code, out, err = run("--input", "in.jsonl", "--quiet")
+    answers = rows(out)
+    assert code == 0 and err == "" and [row["id"] for row in answers] == ["a", 2, 7]
+    alone = ("--prompt", "hello"), ("--prompt", LONG), ("--prompt", "hello", "--system", "Be kind", "--prefill", "Well")
+    for row, words in zip(answers, alone, strict=True):
+        single = json.loads(run(*words, "--json")[1])
+        for field in ("text", "finish_reason", "prompt_tokens", "generated_tokens"):
+            assert row[field] == single[field]
+        assert set(row["timings"]) == {"compile_s", "prefill_s", "decode_s"}
+
+
+def test_a_row_that_does_not_fit_is_recorded_and_the_others_are_answered(run):
+    Path("in.jsonl").write_text(
+        json.dumps({"id": 1, "prompt": LONG * 9}) + "\n" + json.dumps({"id": 2, "prompt": "hi"})
+    )
+    code, out, _ = run("--input", "in.jsonl", "--output", "out.jsonl")
+    answers = rows(Path("out.jsonl").read_text())
+    assert code == 1 and out == "" and "max_position_embeddings" in answers[0]["error"] and "text" in answers[1]
+
+
+def test_an_old_output_is_replaced_only_by_a_complete_one(run):
+    Path("in.jsonl").write_text('{"prompt": "hi"}')
+    Path("out.jsonl").write_text("old")
+    assert run("--input", "in.jsonl", "--output", "out.jsonl", "--overwrite")[0] == 0
+    assert rows(Path("out.jsonl").read_text())[0]["id"] == 1
+    assert sorted(path.name for path in Path().iterdir()) == ["in.jsonl", "out.jsonl", "stdin"]
+
+
+def start(*words: str, cwd: Path) -> subprocess.Popen:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(ROOT / "scripts" / "generate.py"), "--no-compile-cache", *words]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=cwd, env=environment, stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+def test_ctrl_c_prints_what_there_is_and_the_stats(tiny_model, tmp_path):
+    words = ("--model", str(tiny_model), "--prompt", "hello", "-n", "4000", "--temperature", "1", "--raw")
+    with start(*words, cwd=tmp_path) as process:
+        first = process.stdout.read(4)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and first and out.endswith(b"\n")
+    assert b"stop: interrupted" in err and b"Traceback" not in err
+
+
+def test_sigterm_keeps_the_lines_that_are_done(tiny_model, tmp_path):
+    batch = [{"id": i, "prompt": "hello " * i} for i in range(1, 400)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, batch)))
+    words = ("--model", str(tiny_model), "--input", "in.jsonl", "--output", "out.jsonl", "-n", "200")
+    with start(*words, cwd=tmp_path) as process:
+        deadline = time.monotonic() + 60
+        output = tmp_path / "out.jsonl"
+        while time.monotonic() < deadline and not (output.exists() and output.read_text().count("\n") > 1):
+            time.sleep(0.1)
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and b"error: terminated" in err and b"Traceback" not in err
+    assert [row["id"] for row in rows(output.read_text())][:2] == [1, 2]
+
+
+def test_a_reader_that_leaves_early_is_no_error(tiny_model, tmp_path):
+    words = ("--model", str(tiny_model), "--prompt", "hello", "-n", "2000", "--temperature", "1", "--raw", "--quiet")
+    with start(*words, cwd=tmp_path) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        process.stdin.close()
+        err = process.stderr.read()
+        assert process.wait(timeout=60) == 0 and err == b""
