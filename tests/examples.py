@@ -27,6 +27,7 @@ EXAMPLES: dict[str, tuple[Method, ...]] = {
     ),
 }
 METHODS = [method for examples in EXAMPLES.values() for method in examples]
+METHOD_IDS = [f"{name}-{i}" for name, examples in EXAMPLES.items() for i in range(len(examples))]
 
 LENGTHS = (1, 7, 9, 80, 131, 255)
 TAILS = (0, 3, 5, 6, 2, 4)  # a template's tail after each of these prompts

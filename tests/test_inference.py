@@ -12,7 +12,21 @@ import numpy as np
 import pytest
 
 import fastkv_jax as fk
-from examples import BUCKET, LENGTHS, METHODS, MODEL_A, NEW, PROMPTS, TAILS, filled, model_a, oracle_settings, ragged
+from examples import (
+    BUCKET,
+    EXAMPLES,
+    LENGTHS,
+    METHOD_IDS,
+    METHODS,
+    MODEL_A,
+    NEW,
+    PROMPTS,
+    TAILS,
+    filled,
+    model_a,
+    oracle_settings,
+    ragged,
+)
 from examples import weights_a as oracle_model
 from fastkv_jax import inference
 from fastkv_jax.inference import Prefill
@@ -22,7 +36,8 @@ from tolerances import CACHE, LOGITS, LOGITS_BF16, SAME
 
 LAYERS = 4
 FASTKV = METHODS[1]
-all_methods = pytest.mark.parametrize("method", METHODS, ids=str)
+all_methods = pytest.mark.parametrize("method", METHODS, ids=METHOD_IDS)
+one_of_each = pytest.mark.parametrize("method", [examples[0] for examples in EXAMPLES.values()], ids=list(EXAMPLES))
 
 
 def batch() -> tuple[np.ndarray, np.ndarray]:
@@ -88,9 +103,9 @@ def test_greedy_tokens_agree_with_the_oracle(method: Method):
 @all_methods
 def test_every_row_equals_its_run_alone(method: Method):
     tokens, start = batch()
-    for row, tail in enumerate(TAILS):
-        alone = fk.prefill(model_a(), tokens[[row]], start[[row]], method=method, max_new_tokens=NEW, window_end=[tail])
-        assert_same_row(alone, 0, ragged(method, TAILS), row)
+    for row in range(len(PROMPTS)):
+        alone = fk.prefill(model_a(), tokens[[row]], start[[row]], method=method, max_new_tokens=NEW)
+        assert_same_row(alone, 0, ragged(method), row)
 
 
 @all_methods
@@ -113,17 +128,25 @@ def test_what_stands_in_the_padding_changes_nothing(method: Method):
 
 @all_methods
 def test_all_lengths_of_a_bucket_share_one_compilation(method: Method):
-    options: dict[str, Any] = {"method": method, "max_new_tokens": NEW}
-    fk.prefill(model_a(), *fk.pad_batch([PROMPTS[-1]], BUCKET), **options)
+    def read(prompt: np.ndarray) -> None:
+        fk.prefill(model_a(), *fk.pad_batch([prompt], BUCKET), method=method, max_new_tokens=NEW)
+
+    read(PROMPTS[-1])
     before = inference._prefill_jit._cache_size()
     for prompt in PROMPTS:
-        fk.prefill(model_a(), *fk.pad_batch([prompt], BUCKET), **options)
-    for tail in range(1, 65, 9):  # nor do the lengths of a template's tail, up to 64, but for none
-        fk.prefill(model_a(), *fk.pad_batch([PROMPTS[-1]], BUCKET), window_end=tail, **options)
-    assert inference._prefill_jit._cache_size() <= before + 1
+        read(prompt)
+    assert inference._prefill_jit._cache_size() == before
 
 
-@all_methods
+def test_all_tails_up_to_64_tokens_share_one_compilation():
+    ragged(FASTKV, TAILS)
+    before = inference._prefill_jit._cache_size()
+    for tail in (1, 9, 33, 64):
+        ragged(FASTKV, (0, 0, 0, tail, 5, tail))
+    assert inference._prefill_jit._cache_size() == before
+
+
+@one_of_each
 def test_prefill_under_an_outer_jit_is_the_same(method: Method):
     @jax.jit
     def outer(model, tokens, start):
@@ -143,7 +166,7 @@ def test_prefill_that_reports_progress_is_the_same(method: Method):
         assert_same_row(reported, row, ragged(method), row)
 
 
-@all_methods
+@one_of_each
 def test_a_mesh_of_two_devices_changes_nothing(method: Method):
     mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
     model = fk.load_model(MODEL_A, dtype="float32", mesh=mesh)
@@ -178,7 +201,7 @@ def test_a_prompt_below_min_prompt_to_compress_equals_full_context():
     assert filled(ragged(method).cache.layer(0).positions[5]).shape == (2, 51)
 
 
-@all_methods
+@one_of_each
 def test_bfloat16_runs_and_is_near(method: Method):
     model = fk.load_model(MODEL_A, dtype="bfloat16")
     prompt = fk.prefill(model, *batch(), method=method, max_new_tokens=NEW)
