@@ -9,7 +9,8 @@ from fastkv_jax.buckets import pad_batch
 from fastkv_jax.checkpoint import load_model
 from fastkv_jax.config import LlamaConfig
 from fastkv_jax.errors import BackendError, CheckpointError, FastKVConfigError, InputError
-from fastkv_jax.inference import decode_step, generate, prefill
+from fastkv_jax.generation import generate
+from fastkv_jax.inference import decode_step, prefill
 from fastkv_jax.methods import METHODS, FastKV, FullKV
 from fastkv_jax.sampling import Greedy, Sample
 from fastkv_jax.stream import stream

@@ -1,4 +1,4 @@
-"""Prefill, decode, generate. One program for every method: it knows a plan and scores, never a name.
+"""Prefill and decode. One program for every method: it knows a plan and scores, never a name.
 
 tokens -> [layers of stage 0] -> choose rows -> [layers of stage 1] -> ... -> logits of the last token
               |                                    |
@@ -6,7 +6,7 @@ tokens -> [layers of stage 0] -> choose rows -> [layers of stage 1] -> ... -> lo
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,21 +16,19 @@ import numpy as np
 from flax import struct
 from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from fastkv_jax import rope
 from fastkv_jax.attention import Platform, attention
 from fastkv_jax.buckets import TILE
 from fastkv_jax.cache import KVCache, SegmentKV
-from fastkv_jax.errors import CheckpointError, InputError
+from fastkv_jax.errors import InputError
 from fastkv_jax.inputs import Prompt, check_batch, static_tail
 from fastkv_jax.methods.base import Method, Rows, static_plan
 from fastkv_jax.model import Llama
-from fastkv_jax.sampling import Greedy, Sampler
 from fastkv_jax.select import choose
 from kernels_pallas import decode_attention
 
-CHUNK = 8  # decode steps per call of the compiled loop: what a stream shows at once
 GROUP = 5  # layers per call where progress is reported
 
 
@@ -40,17 +38,7 @@ class Prefill:
 
     logits: Float[Array, "B V"]  # of each row's last token, float32
     cache: KVCache
-    propagated: (
-        Int[Array, "B S"] | None
-    )  # prompt positions that passed the last TSP layer, -1 = empty; None without one
-
-
-@struct.dataclass
-class Generated:
-    """Tokens chosen for each row; after a stop token (which is counted) come pad ids."""
-
-    tokens: Int[Array, "B M"]
-    lengths: Int[Array, " B"]
+    propagated: Int[Array, "B S"] | None  # prompt positions that passed the last TSP layer, -1 = empty
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,7 +251,8 @@ def decode_step(model: Llama, token: Any, cache: KVCache) -> tuple[Float[Array, 
     return _decode_jit(model, jnp.asarray(token, jnp.int32), cache)
 
 
-def _decode(model: Llama, token: Int[Array, " B"], cache: KVCache) -> tuple[Float[Array, "B V"], KVCache]:
+def decode(model: Llama, token: Int[Array, " B"], cache: KVCache) -> tuple[Float[Array, "B V"], KVCache]:
+    """One step without checks, jit or donation, to be a part of a larger program."""
     x = model.embed(token[:, None])
     cos, sin = rope.angles(model.config.rope, model.config.head_dim, cache.position[:, None])
 
@@ -290,155 +279,4 @@ def _decode(model: Llama, token: Int[Array, " B"], cache: KVCache) -> tuple[Floa
     return model.logits(x[:, 0]), cache
 
 
-_decode_jit = jax.jit(_decode, donate_argnames=("cache",))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generate
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@struct.dataclass
-class _Loop:
-    """Where the decode loop stands after `count` tokens."""
-
-    token: Int[Array, " B"]  # the last one of each row
-    done: Bool[Array, " B"]  # rows that met a stop token
-    finite: Bool[Array, ""]  # no NaN or infinity among the logits so far
-    count: Int[Array, ""]
-    key: Key[Array, ""]
-    new: tuple[Array, Array, Array, Array]  # the parts of the cache that change: k_new, v_new, used, position
-
-
-@partial(jax.jit, static_argnames=("sampler", "stop_tokens"))
-def _first_token(prompt: Prefill, key, *, sampler: Sampler, stop_tokens: tuple[int, ...]) -> _Loop:
-    """The first token comes from the prompt's own logits."""
-    key, now = jax.random.split(key)
-    token = sampler(prompt.logits, now)
-    cache = prompt.cache
-    new = (cache.k_new, cache.v_new, cache.used, cache.position)
-    finite = jnp.isfinite(prompt.logits).all()
-    return _Loop(token, _is_stop(token, stop_tokens), finite, jnp.ones((), jnp.int32), key, new)
-
-
-@partial(jax.jit, static_argnames=("sampler", "stop_tokens", "pad_token"), donate_argnames=("loop",))
-def _decode_chunk(model, segments, loop: _Loop, limit, *, sampler, stop_tokens, pad_token):
-    """Up to CHUNK steps of decode and sample; steps after the end of all rows or of the limit do nothing."""
-
-    def step(loop: _Loop, _):
-        def go(loop: _Loop):
-            logits, cache = _decode(model, loop.token, KVCache(segments, *loop.new))
-            key, now = jax.random.split(loop.key)
-            token = jnp.where(loop.done, pad_token, sampler(logits, now))
-            finite = loop.finite & (jnp.isfinite(logits).all(axis=-1) | loop.done).all()
-            new = (cache.k_new, cache.v_new, cache.used, cache.position)
-            return _Loop(token, loop.done | _is_stop(token, stop_tokens), finite, loop.count + 1, key, new)
-
-        def rest(loop: _Loop):
-            return dataclasses.replace(loop, token=jnp.full_like(loop.token, pad_token))
-
-        loop = lax.cond(loop.done.all() | (loop.count >= limit), rest, go, loop)
-        return loop, loop.token
-
-    return lax.scan(step, loop, length=CHUNK)
-
-
-def _is_stop(token: Int[Array, " B"], stop_tokens: tuple[int, ...]) -> Bool[Array, " B"]:
-    return (token[:, None] == jnp.asarray(stop_tokens or (-1,), jnp.int32)).any(axis=-1)
-
-
-def decode_chunks(
-    model: Llama,
-    prompt: Prefill,
-    *,
-    max_new_tokens: int,
-    sampler: Sampler = Greedy(),  # noqa: B008 - a frozen value
-    stop_tokens: Sequence[int] | None = None,
-    key: Key[Array, ""] | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens as they are made: (tokens [B, c] int32, done [B]), the first token alone, then up to CHUNK at a time.
-
-    `prompt`'s cache is donated. Ends early when every row has met a stop token. Raises `InputError` if the cache has
-    no room, `CheckpointError` at the first logits that are not finite.
-    """
-    if max_new_tokens > prompt.cache.max_new_tokens + 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} > {prompt.cache.max_new_tokens}, the room in the cache")
-    if max_new_tokens < 1:
-        return
-    stops, pad = _stops(model, stop_tokens), model.config.pad_token or 0
-    loop = _first_token(prompt, _key(sampler, key), sampler=sampler, stop_tokens=stops)
-    _check_finite(loop, 0)
-    yield np.asarray(loop.token)[:, None], np.asarray(loop.done)
-    made = 1
-    while made < max_new_tokens and not np.asarray(loop.done).all():
-        loop, chunk = _decode_chunk(
-            model, prompt.cache.segments, loop, max_new_tokens, sampler=sampler, stop_tokens=stops, pad_token=pad
-        )
-        _check_finite(loop, made)
-        count = int(loop.count) - made
-        made += count
-        yield np.asarray(chunk)[:count].T, np.asarray(loop.done)
-
-
-def compile_decode(
-    model: Llama,
-    prompt: Prefill,
-    *,
-    sampler: Sampler = Greedy(),  # noqa: B008 - a frozen value
-    stop_tokens: Sequence[int] | None = None,
-) -> jax.stages.Compiled:
-    """Compile what `decode_chunks` with these arguments will run, so that it starts at once."""
-    stops, pad = _stops(model, stop_tokens), model.config.pad_token or 0
-    loop = _first_token(prompt, jax.random.key(0), sampler=sampler, stop_tokens=stops)
-    options = {"sampler": sampler, "stop_tokens": stops, "pad_token": pad}
-    return _decode_chunk.lower(model, prompt.cache.segments, loop, 1, **options).compile()
-
-
-def _stops(model: Llama, stop_tokens: Sequence[int] | None) -> tuple[int, ...]:
-    return model.config.stop_tokens if stop_tokens is None else tuple(int(t) for t in stop_tokens)
-
-
-def _key(sampler: Sampler, key: Key[Array, ""] | None) -> Key[Array, ""]:
-    if key is None and not isinstance(sampler, Greedy):
-        raise InputError(f"{type(sampler).__name__} needs key=jax.random.key(seed)")
-    return jax.random.key(0) if key is None else key
-
-
-def _check_finite(loop: _Loop, step: int) -> None:
-    if not loop.finite:
-        raise CheckpointError(f"non-finite logits at step {step}; run with --check-weights (check_weights=True)")
-
-
-def generate(
-    model: Llama,
-    tokens: Any,
-    start: Any = None,
-    *,
-    method: Method,
-    max_new_tokens: int,
-    sampler: Sampler = Greedy(),  # noqa: B008 - a frozen value
-    stop_tokens: Sequence[int] | None = None,
-    key: Key[Array, ""] | None = None,
-    window_end: Any = 0,
-    platform: Platform | None = None,
-) -> Generated:
-    """Prefill, then decode until every row met a stop token or `max_new_tokens` are made; arguments as in `prefill`.
-
-    `stop_tokens` None means the checkpoint's own list, () none.
-    """
-    prompt = prefill(
-        model, tokens, start, method=method, max_new_tokens=max_new_tokens, window_end=window_end, platform=platform
-    )
-    batch = prompt.logits.shape[0]
-    out = np.full((batch, max_new_tokens), model.config.pad_token or 0, np.int32)
-    lengths, running, made = np.zeros(batch, np.int32), np.ones(batch, bool), 0
-    stops = _stops(model, stop_tokens)
-    for chunk, done in decode_chunks(
-        model, prompt, max_new_tokens=max_new_tokens, sampler=sampler, stop_tokens=stops, key=key
-    ):
-        out[:, made : made + chunk.shape[1]] = chunk
-        ended = np.isin(chunk, stops).cumsum(axis=1)
-        counted = chunk.shape[1] - (ended > 0).sum(axis=1) + ended.any(axis=1)
-        lengths += np.where(running, counted, 0)
-        running, made = ~done, made + chunk.shape[1]
-    return Generated(jnp.asarray(out), jnp.asarray(lengths))
+_decode_jit = jax.jit(decode, donate_argnames=("cache",))

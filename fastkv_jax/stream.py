@@ -8,7 +8,8 @@ from jaxtyping import Array, Key
 
 from fastkv_jax.attention import Platform
 from fastkv_jax.errors import InputError
-from fastkv_jax.inference import decode_chunks, prefill
+from fastkv_jax.generation import decode_chunks
+from fastkv_jax.inference import prefill
 from fastkv_jax.methods import Method
 from fastkv_jax.model import Llama
 from fastkv_jax.sampling import Greedy, Sampler

@@ -44,7 +44,7 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
     return fk.pad_batch(PROMPTS, BUCKET)
 
 
-def generate(method: Method, **options: Any) -> fk.inference.Generated:
+def generate(method: Method, **options: Any) -> fk.generation.Generated:
     return fk.generate(model_a(), *batch(), method=method, **({"max_new_tokens": NEW, "stop_tokens": ()} | options))
 
 

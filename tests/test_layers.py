@@ -1,7 +1,7 @@
-"""The layering of the packages, read from their imports: nobody imports upwards, nothing goes in circles."""
+"""The layering of the packages, read from their imports: each module knows only the levels below it."""
 
 import ast
-import os
+import json
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -9,85 +9,108 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-FILES = sorted([*ROOT.glob("fastkv_jax/**/*.py"), *ROOT.glob("kernels_pallas/**/*.py")])
-
-# What each part of fastkv_jax may import from it. The parts are its files and its folders.
-MAY_IMPORT = {
-    "errors": set(),
-    "config": {"errors"},
-    "rope": {"config"},
-    "cache": set(),
-    "select": set(),
-    "attention": set(),
-    "buckets": {"errors"},
-    "sharding": {"config", "errors"},
-    "inputs": {"buckets", "config", "errors"},
-    "model": {"config", "rope"},
-    "methods": {"errors"},
-    "sampling": {"errors"},
+ROOT = Path(__file__).parents[1]
+FILES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for package in ("fastkv_jax", "kernels_pallas")
+    for file in sorted((ROOT / package).rglob("*.py"))
 }
-MAY_IMPORT["inference"] = set(MAY_IMPORT)
-MAY_IMPORT["presets"] = {"errors", "methods"}
-MAY_IMPORT["checkpoint"] = set(MAY_IMPORT) - {"presets"}
-MAY_IMPORT["text"] = set(MAY_IMPORT)
-MAY_IMPORT["stream"] = set(MAY_IMPORT)
-MAY_IMPORT["cli"] = set(MAY_IMPORT) | {"__init__"}
-MAY_IMPORT["__init__"] = set(MAY_IMPORT) - {"cli"}
-MAY_IMPORT["__main__"] = {"cli"}
+GROUPS = ("checkpoint", "cli", "methods")  # packages inside fastkv_jax; all other modules stand for themselves
+LEVEL_1 = {"errors", "config", "rope", "cache", "select", "buckets", "attention", "sharding", "inputs"}
+MIDDLE = LEVEL_1 | {"methods", "model", "sampling", "kernels_pallas"}
+MAY_IMPORT = {
+    **dict.fromkeys(LEVEL_1, {"errors", "config", "buckets", "kernels_pallas"}),
+    "kernels_pallas": {"kernels_pallas"},
+    "methods": LEVEL_1 - {"cache"} | {"methods", "kernels_pallas"},
+    "model": {"config", "rope"},
+    "sampling": {"errors"},
+    "inference": MIDDLE,
+    "presets": MIDDLE | {"inference"},
+    "checkpoint": MIDDLE | {"inference", "checkpoint"},
+    "text": MIDDLE | {"inference", "checkpoint"},
+    "stream": MIDDLE | {"inference", "checkpoint", "text"},
+}
+PUBLIC = {"fastkv_jax", "cli", "__main__"}  # may import everything below; "fastkv_jax" is its __init__
 
 
-def imports(file: Path) -> set[str]:
-    """Full names of the modules a file imports, wherever in the file."""
+def nodes(name):
+    return ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8")))
+
+
+def imports(name):
+    """Full names of all modules that a module imports, also inside functions."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in nodes(name):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: relative import"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            assert node.level == 0, f"{name}: relative import"
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {full if full in FILES else node.module for full in whole}
     return found
 
 
-def part_of(module: str) -> str:
-    """fastkv_jax.methods.base.Rows -> methods; a name of the package itself -> __init__."""
-    words = module.split(".")
-    return words[1] if len(words) > 1 and words[1] in MAY_IMPORT else "__init__"
+def part(module):
+    """fastkv_jax.cli.engine -> cli, fastkv_jax.rope -> rope, kernels_pallas.select -> kernels_pallas."""
+    package, _, rest = module.partition(".")
+    return package if package == "kernels_pallas" or not rest else rest.split(".")[0]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_imports_only_what_lies_below(file):
-    package, *rest = file.relative_to(ROOT).with_suffix("").parts
-    names = imports(file)
-    if package == "kernels_pallas":
-        roots = {name.split(".")[0] for name in names}
-        assert roots <= {"jax", "jaxtyping", "kernels_pallas", "numpy", "typing", "dataclasses"}
-        return
-    part = rest[0]
-    used = {part_of(name) for name in names if name.split(".")[0] == "fastkv_jax"} - {part}
-    assert used <= MAY_IMPORT[part], f"{part} imports {used - MAY_IMPORT[part]}"
-    if any(name.startswith("kernels_pallas") for name in names):
-        assert part in ("select", "methods", "inference")
-    if file.name != "against_transformers.py":
-        assert not any(name.split(".")[0] == "torch" for name in names)
+def internal(name):
+    return {module for module in imports(name) if module.partition(".")[0] in ("fastkv_jax", "kernels_pallas")}
 
 
-def test_no_part_needs_itself():
-    graph: dict[str, set[str]] = {}
-    for file in FILES:
-        package, *rest = file.relative_to(ROOT).with_suffix("").parts
-        if package == "fastkv_jax" and rest[0] != "__init__":
-            used = {part_of(name) for name in imports(file) if name.startswith("fastkv_jax")}
-            graph.setdefault(rest[0], set()).update(used - {rest[0], "__init__"})
-    TopologicalSorter(graph).prepare()  # raises CycleError
+def test_every_module_has_its_place():
+    assert {part(name) for name in FILES} == set(MAY_IMPORT) | PUBLIC
 
 
-def test_importing_changes_neither_jax_nor_the_environment():
+@pytest.mark.parametrize("name", [name for name in FILES if part(name) not in PUBLIC])
+def test_a_module_imports_only_the_levels_below(name):
+    assert {part(module) for module in internal(name)} <= MAY_IMPORT[part(name)]
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if part(name) == "kernels_pallas"])
+def test_kernels_know_nothing_but_jax(name):
+    assert {module.partition(".")[0] for module in imports(name)} - sys.stdlib_module_names <= {
+        "jax", "numpy", "jaxtyping", "kernels_pallas",
+    }  # fmt: skip
+
+
+def test_only_the_command_line_imports_the_command_line():
+    assert {part(name) for name in FILES if "cli" in map(part, internal(name))} == {"cli", "__main__"}
+
+
+def test_imports_form_no_cycle():
+    """Importing a module runs the __init__ of its packages first; fastkv_jax's own is the public door, below nobody."""
+    graph = {name: set() for name in FILES if name != "fastkv_jax"}
+    for name, known in graph.items():
+        known |= internal(name) - {name, "fastkv_jax"}
+        for group in GROUPS:
+            if any(module.startswith(f"fastkv_jax.{group}.") for module in known) and part(name) != group:
+                known.add(f"fastkv_jax.{group}")
+    assert len(list(TopologicalSorter(graph).static_order())) == len(graph)
+    users = {name for name in FILES if "fastkv_jax" in internal(name)}
+    assert {part(name) for name in users} <= {"cli"}  # for its version
+
+
+def test_pytorch_is_imported_only_to_be_timed_against_and_only_when_asked_for():
+    users = {name for name in FILES if any(module.partition(".")[0] == "torch" for module in imports(name))}
+    assert users <= {"fastkv_jax.cli.against_transformers"}
+    for name in users:
+        top = ast.parse(FILES[name].read_text()).body
+        assert not any("torch" in ast.unparse(node) for node in top if isinstance(node, ast.Import | ast.ImportFrom))
+
+
+def test_importing_the_package_changes_neither_jax_nor_the_environment():
     code = """
-import os, jax
+import json, os, jax
 before = dict(os.environ), dict(jax.config.values)
-import fastkv_jax
-assert before == (dict(os.environ), dict(jax.config.values))
+import fastkv_jax, kernels_pallas, sys
+after = dict(os.environ), dict(jax.config.values)
+changed = [sorted(k for k in b.keys() | a.keys() if b.get(k) != a.get(k)) for b, a in zip(before, after)]
+heavy = sorted({"torch", "transformers", "fastkv_jax.cli"} & set(sys.modules))
+print(json.dumps([*changed, heavy, jax._src.xla_bridge.backends_are_initialized()]))
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stderr == ""
+    assert json.loads(done.stdout) == [[], [], [], False]

@@ -159,16 +159,16 @@ def _time(model, prompt: np.ndarray, method, new_tokens: int) -> tuple[float, fl
     """(seconds of prefill, seconds per decoded token, last-token logits); the first chunk of decoding is left out."""
     import jax
 
-    from fastkv_jax import buckets, inference
+    from fastkv_jax import buckets, generation, inference
 
     tokens, start = buckets.pad_batch([prompt[0]])
     began = time.perf_counter()
-    result = inference.prefill(model, tokens, start, method=method, max_new_tokens=new_tokens + inference.CHUNK + 1)
+    result = inference.prefill(model, tokens, start, method=method, max_new_tokens=new_tokens + generation.CHUNK + 1)
     jax.block_until_ready(result)
     prefill = time.perf_counter() - began
     logits = np.asarray(result.logits[0])
-    made, began, skipped = 0, 0.0, inference.CHUNK + 1
-    for chunk, _ in inference.decode_chunks(model, result, max_new_tokens=new_tokens + skipped, stop_tokens=()):
+    made, began, skipped = 0, 0.0, generation.CHUNK + 1
+    for chunk, _ in generation.decode_chunks(model, result, max_new_tokens=new_tokens + skipped, stop_tokens=()):
         made += chunk.shape[1]
         if made == skipped:
             began = time.perf_counter()

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fastkv_jax import inference, text
+from fastkv_jax import generation, inference, text
 from fastkv_jax.buckets import pad_batch
 from fastkv_jax.cli.prompts import Request
 from fastkv_jax.config import LlamaConfig
@@ -117,7 +117,7 @@ class Engine:
         )
         result = self._prefill(answer, tokens, start, prompt.window_end, on_compile, progress)
         with _Timer() as timer:
-            inference.compile_decode(self.model, result, sampler=self.sampler)
+            generation.compile_decode(self.model, result, sampler=self.sampler)
         answer.compile_s += timer.seconds
         on_compile("decode", timer.seconds)
         began = time.perf_counter()
@@ -151,7 +151,7 @@ class Engine:
                 on_text(safe)
             return stopped
 
-        chunks = inference.decode_chunks(
+        chunks = generation.decode_chunks(
             self.model, result, max_new_tokens=self.max_new_tokens, sampler=self.sampler, key=jax.random.key(self.seed)
         )
         for chunk, _ in chunks:
