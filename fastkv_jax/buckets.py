@@ -22,15 +22,24 @@ def bucket_for(n: int) -> int:
     return round_up(n, step)
 
 
-def pad_batch(prompts: Sequence[Sequence[int]], bucket: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Left-pad token lists to one width: (tokens [B, T] int32, start [B] int32, the first valid column).
+def _as_array(prompt: Sequence[int] | np.ndarray) -> np.ndarray:
+    try:
+        return np.asarray(prompt)
+    except ValueError:  # ragged
+        return np.asarray(prompt, dtype=object)
+
+
+def pad_batch(
+    prompts: Sequence[Sequence[int] | np.ndarray], bucket: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Left-pad token lists to one width: (tokens [B, T] int32, start [B] int32: the first valid column).
 
         [[5, 6], [7]], bucket 4   ->   0 0 5 6 , 2
                                        0 0 0 7 , 3
 
     `bucket` is T; None takes the next bucket. Raises `InputError` for an empty batch or row, or a bucket too small.
     """
-    rows = [np.asarray(prompt) for prompt in prompts]
+    rows = [_as_array(prompt) for prompt in prompts]
     if not rows:
         raise InputError("the batch is empty")
     for index, row in enumerate(rows):
@@ -38,6 +47,9 @@ def pad_batch(prompts: Sequence[Sequence[int]], bucket: int | None = None) -> tu
             raise InputError(f"prompt {index} of the batch is empty")
         if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
             raise InputError(f"prompt {index} must be a list of token ids, got {row.dtype} {list(row.shape)}")
+        if row.min() < 0 or row.max() >= 2**31:
+            odd = row.min() if row.min() < 0 else row.max()
+            raise InputError(f"prompt {index} holds token id {odd}, which is no int32 >= 0")
     longest = max(row.size for row in rows)
     width = bucket_for(longest) if bucket is None else bucket
     if width < longest:

@@ -1,6 +1,6 @@
 """What a checkpoint says about its model: `LlamaConfig`, read from Hugging Face's config.json."""
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +77,8 @@ def from_hugging_face(
     """
     architecture = _architecture(config, source)
     if config.get("quantization_config") is not None:
-        method = dict(config["quantization_config"]).get("quant_method", "unknown")
+        given = config["quantization_config"]
+        method = given.get("quant_method", "unknown") if isinstance(given, Mapping) else given
         raise CheckpointError(
             f"{source}: quantization_config ({method}) is not supported; use an unquantised checkpoint"
         )
@@ -137,14 +138,17 @@ def _sliding_window(config: Mapping[str, Any], architecture: str, layers: int, s
     """The window if any layer uses one. Qwen writes the number down even when `use_sliding_window` is false."""
     if config.get("sliding_window") is None:
         return None
+    types = config.get("layer_types")
+    if isinstance(types, list):
+        return _integer(config, "sliding_window", source) if "sliding_attention" in types else None
     if architecture.startswith("Qwen"):
         if not _boolean(config, "use_sliding_window", source, default=False):
             return None
-        if _integer(config, "max_window_layers", source, default=layers) >= layers:
+        full = config.get("max_window_layers", 28)  # transformers' default
+        if not isinstance(full, int) or isinstance(full, bool) or full < 0:
+            raise CheckpointError(f"{source}: max_window_layers must be an integer >= 0, found {full!r}")
+        if full >= layers:
             return None
-    types = config.get("layer_types")
-    if isinstance(types, list) and "sliding_attention" not in types:
-        return None
     return _integer(config, "sliding_window", source)
 
 
@@ -166,15 +170,16 @@ def _rope(config: Mapping[str, Any], source: str) -> RopeConfig:
         return RopeConfig(theta, None)
     if kind != "llama3":
         raise CheckpointError(f"{source}: unsupported rope_type {kind!r} in {field}; supported: 'default', 'llama3'")
-    return RopeConfig(
-        theta,
-        Llama3Scaling(
-            factor=_number(rope, "factor", source),
-            low_freq_factor=_number(rope, "low_freq_factor", source),
-            high_freq_factor=_number(rope, "high_freq_factor", source),
-            original_max_position_embeddings=_integer(rope, "original_max_position_embeddings", source),
-        ),
+    scaling = Llama3Scaling(
+        factor=_number(rope, "factor", source),
+        low_freq_factor=_number(rope, "low_freq_factor", source),
+        high_freq_factor=_number(rope, "high_freq_factor", source),
+        original_max_position_embeddings=_integer(rope, "original_max_position_embeddings", source),
     )
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if low >= high:
+        raise CheckpointError(f"{source}: low_freq_factor ({low}) must be below high_freq_factor ({high})")
+    return RopeConfig(theta, scaling)
 
 
 def _token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], field: str, source: str) -> tuple[int, ...]:
@@ -210,7 +215,7 @@ def _integer(config: Mapping[str, Any], field: str, source: str, default: Any = 
 
 def _number(config: Mapping[str, Any], field: str, source: str, default: Any = _ABSENT) -> float:
     value = _lookup(config, field, source, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise CheckpointError(f"{source}: {field} must be a positive number, found {value!r}")
     return float(value)
 

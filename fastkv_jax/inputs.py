@@ -65,7 +65,10 @@ def check_lengths(lengths: np.ndarray, config: LlamaConfig, max_new_tokens: int)
 
 
 def _check_tokens(tokens: Any, config: LlamaConfig) -> np.ndarray:
-    array = np.asarray(tokens)
+    try:
+        array = np.asarray(tokens)
+    except ValueError as error:
+        raise InputError("input_ids must be int32 of shape [batch, length], got rows of different lengths") from error
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
         raise InputError(f"input_ids must be int32 of shape [batch, length], got {array.dtype} {list(array.shape)}")
     if array.size == 0:
@@ -93,7 +96,7 @@ def _check_start(start: Any, batch: int, columns: int) -> np.ndarray:
 def _check_window_end(window_end: Any, batch: int) -> np.ndarray:
     if isinstance(window_end, Tracer):
         raise InputError("window_end must be known before tracing: capacities depend on it")
-    array = np.broadcast_to(np.asarray(window_end), (batch,))
-    if not np.issubdtype(array.dtype, np.integer) or (array < 0).any():
-        raise InputError(f"window_end must be integers >= 0, got {window_end!r}")
-    return array.astype(np.int32)
+    array = np.asarray(window_end)
+    if array.shape not in ((), (batch,)) or not np.issubdtype(array.dtype, np.integer) or (array < 0).any():
+        raise InputError(f"window_end must be one integer >= 0 or {batch} of them, got {window_end!r}")
+    return np.broadcast_to(array, (batch,)).astype(np.int32)

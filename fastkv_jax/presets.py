@@ -61,7 +61,7 @@ def for_model(model: str) -> Preset:
     for entry in _configs().joinpath("models").iterdir():
         name = entry.name.removesuffix(".yaml")
         source = yaml.safe_load(entry.read_text(encoding="utf-8"))["source"]
-        if model.lower() in (name, str(source.get("hub")).lower()):
+        if model.lower() in (name, str(source.get("hub", name)).lower()):
             return load(name)
     return load("default")
 

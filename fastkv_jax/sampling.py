@@ -49,7 +49,7 @@ class Sample:
             raise FastKVConfigError(f"min_p must be in [0, 1], got {self.min_p}")
 
     def __call__(self, logits: Float[Array, "B V"], key: Key[Array, ""]) -> Int[Array, " B"]:
-        logits = logits / self.temperature
+        logits = (logits - logits.max(axis=-1, keepdims=True)) / max(self.temperature, 1e-30)  # no overflow
         if self.top_k or self.top_p < 1:
             logits = jnp.where(logits >= self._least(logits), logits, -jnp.inf)
         if self.min_p > 0:

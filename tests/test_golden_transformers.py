@@ -1,4 +1,4 @@
-"""The library against recorded runs of transformers' own models: rotary variants, biases, norms, tied and sharded files.
+"""The library against recorded runs of transformers' own models: rotary variants, biases, norms, ties, shards.
 
 The three recorded prompts of a model form one ragged batch.
 """

@@ -25,10 +25,11 @@ MAY_IMPORT = {
     "model": {"config", "rope"},
     "sampling": {"errors"},
     "inference": MIDDLE,
+    "generation": MIDDLE | {"inference"},
     "presets": MIDDLE | {"inference"},
     "checkpoint": MIDDLE | {"inference", "checkpoint"},
     "text": MIDDLE | {"inference", "checkpoint"},
-    "stream": MIDDLE | {"inference", "checkpoint", "text"},
+    "stream": MIDDLE | {"inference", "generation", "checkpoint", "text"},
 }
 PUBLIC = {"fastkv_jax", "cli", "__main__"}  # may import everything below; "fastkv_jax" is its __init__
 

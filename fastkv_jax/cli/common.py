@@ -2,7 +2,9 @@
 
 import argparse
 import difflib
+import io
 import os
+import re
 import subprocess
 import sys
 import traceback
@@ -46,10 +48,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def _hyphens(word: str) -> str:
-    if not word.startswith("--"):
-        return word
     name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value
+    return name.replace("_", "-") + equals + value if re.fullmatch(r"--[A-Za-z][\w-]*", name) else word
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -140,6 +140,8 @@ def run(command: Callable[[argparse.Namespace], int], options: argparse.Namespac
     """Run a command; turn what it raises into one line on stderr and an exit code."""
     from fastkv_jax.errors import BackendError, CheckpointError, FastKVConfigError, InputError
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to fail
     warnings.showwarning = _ignore if options.quiet else _show_warning
     try:
         return command(options)

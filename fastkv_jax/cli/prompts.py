@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,13 +68,17 @@ def read_requests(options: argparse.Namespace) -> list[Request]:
 def _single(options: argparse.Namespace) -> Request:
     if options.raw and (options.system or options.prefill):
         raise InputError("--raw has no place for --system or --prefill")
+    for flag in ("system", "prefill"):
+        _check_text(getattr(options, flag) or "", f"--{flag}")
+    for stop in options.stop:
+        _check_text(stop, "--stop")
     parts = []
     if options.prompt_file is not None:
         parts.append(_read(options.prompt_file))
     if options.prompt is not None:
         parts.append(_read("-") if options.prompt == "-" else _check_text(options.prompt, "--prompt"))
     if not parts:
-        if options.dash is None and sys.stdin.isatty():
+        if sys.stdin is None or (options.dash is None and sys.stdin.isatty()):
             raise InputError("no prompt: give --prompt, --prompt-file, --input or pipe a text into stdin")
         parts.append(_read("-"))
     elif options.dash is not None:
@@ -120,7 +125,7 @@ def _json_lines(name: str) -> list[Request]:
         where = f"{name} line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise InputError(f"{where} must be an object with a prompt, found {type(row).__name__}")
@@ -136,9 +141,15 @@ def _request(row: dict[str, Any], number: int, where: str) -> Request:
     if prompt is None or not prompt.strip():
         raise InputError(f"{where}: prompt is empty" if "prompt" in row else f"{where}: field 'prompt' is missing")
     identity = row.get("id")
-    if not isinstance(identity, str | int | float | None):
+    if isinstance(identity, str):
+        _check_text(identity, f"{where}: id")
+    elif isinstance(identity, bool) or not isinstance(identity, int | float | None) or not _finite(identity):
         raise InputError(f"{where}: id must be a string or a number, found {identity!r}")
     return Request(number if identity is None else identity, prompt, text("system") or None, text("prefill") or None)
+
+
+def _finite(identity: int | float | None) -> bool:
+    return not isinstance(identity, float) or math.isfinite(identity)
 
 
 def _text_field(row: dict[str, Any], field: str, where: str) -> str | None:

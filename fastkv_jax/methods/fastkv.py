@@ -86,6 +86,8 @@ class FastKV:
     def check(self, num_layers: int) -> None:
         """The TSP layer must exist, and something must come after it."""
         last = num_layers - 1 if self.published else num_layers - 2
+        if last < 0:
+            raise FastKVConfigError(f"a {num_layers}-layer model has no layer to propagate to; use FullKV (full)")
         if self.tsp_layer > last:
             raise FastKVConfigError(f"tsp_layer {self.tsp_layer} is outside 0…{last} for a {num_layers}-layer model")
 
@@ -99,8 +101,8 @@ class FastKV:
         else:
             later = Budget(self.retention_rate, self.capacity).of(n)
         whole = n < self.min_prompt_to_compress
-        if self.published:  # TSP sits inside the branch that compresses
-            whole = whole | (n < Budget(self.retention_rate, self.capacity).of(n))
+        if self.published and self.capacity is not None:  # TSP sits inside the branch that compresses
+            whole = whole | (n < self.capacity)
         tokens, kept = np.where(whole, n, tokens), np.where(whole, n, kept)
         later = np.where(whole, n, at_least(window, later, tokens))
         tsp = self.tsp_layer + 1

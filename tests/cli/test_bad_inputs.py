@@ -131,6 +131,10 @@ def test_a_prompt_too_long_is_refused_with_all_the_numbers(fails):
         ('{"prompt": ""}', "rows.jsonl line 2: prompt is empty"),
         ('{"prompt": 3}', "rows.jsonl line 2: prompt must be a string, found 3"),
         ('{"prompt": "x", "system": []}', "rows.jsonl line 2: system must be a string, found []"),
+        ('{"prompt": "x", "id": NaN}', "rows.jsonl line 2: id must be a string or a number, found nan"),
+        ('{"prompt": "x", "id": true}', "rows.jsonl line 2: id must be a string or a number, found True"),
+        ('{"prompt": "\\ud800"}', "rows.jsonl line 2: prompt is not UTF-8"),
+        ("[" * 100_000, "rows.jsonl line 2 is not JSON"),
         ('{"prompt": "x", "id": []}', "rows.jsonl line 2: id must be a string or a number, found []"),
     ),
 )

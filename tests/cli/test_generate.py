@@ -48,6 +48,11 @@ def test_stdin_file_and_flag_are_the_same_prompt(run):
     assert run("--prompt-file", "-", stdin=b"one\ntwo")[1] == out
 
 
+def test_words_of_a_prompt_are_not_flags(run):
+    counts = [json.loads(run("--prompt=" + text, "--raw", "--json")[1])["prompt_tokens"] for text in ("-- a_b", "ab")]
+    assert counts == [6, 2]
+
+
 def test_both_spellings_of_flags_work(run):
     assert run("--prompt", "hi", "--max_new_tokens", "3", "--json")[0] == 0
 

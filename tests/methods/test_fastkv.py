@@ -131,14 +131,14 @@ def test_the_published_form_allows_a_tsp_length_below_the_capacity():
 
 @pytest.mark.parametrize("layer", [3, 4, 100])
 def test_the_tsp_layer_must_have_a_layer_after_it(layer: int):
-    with pytest.raises(fk.FastKVConfigError, match=f"tsp_layer {layer} is outside 0..2 for a 4-layer model"):
+    with pytest.raises(fk.FastKVConfigError, match=f"tsp_layer {layer} is outside 0…2 for a 4-layer model"):
         fk.FastKV(tsp_layer=layer).check(LAYERS)
     fk.FastKV(tsp_layer=2).check(LAYERS)
 
 
 def test_the_published_form_allows_the_last_layer_but_no_later_one():
     fk.FastKV.reference(tsp_layer=3).check(LAYERS)
-    with pytest.raises(fk.FastKVConfigError, match="tsp_layer 4 is outside 0..3"):
+    with pytest.raises(fk.FastKVConfigError, match="tsp_layer 4 is outside 0…3"):
         fk.FastKV.reference(tsp_layer=4).check(LAYERS)
 
 
