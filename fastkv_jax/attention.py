@@ -3,6 +3,7 @@
 Not a kernel of ours: the two accelerators' own flash attention, and for the CPU a form that never holds the T x T map.
 """
 
+from functools import partial
 from typing import Literal
 
 import jax
@@ -58,7 +59,7 @@ def _blocked(q, k, v, start):
     group = q.shape[1] // kv_heads
     q = (q * jnp.asarray(dim**-0.5, q.dtype)).reshape(batch, kv_heads, group, length, dim)
     v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)  # the extra column sums the weights
-    first_key_block = start.min() // key_block
+    first_key_block, last_padded_block = start.min() // key_block, -(-start.max() // key_block)
 
     def query_rows(index):
         first = index * query_block
@@ -66,24 +67,30 @@ def _blocked(q, k, v, start):
         queries = lax.dynamic_slice_in_dim(q, first, query_block, axis=3)
         queries = queries.reshape(batch, kv_heads, group * query_block, dim)
 
-        def visit(block, carry):
+        def visit(block, carry, edge):
             highest, summed = carry
             keys = lax.dynamic_slice_in_dim(k, block * key_block, key_block, axis=2)
             values = lax.dynamic_slice_in_dim(v, block * key_block, key_block, axis=2)
-            columns = block * key_block + jnp.arange(key_block)
-            seen = (columns <= rows[:, None]) & (columns >= start[:, None, None])  # [B, query, key]
             logits = jnp.einsum("bkrd,bktd->bkrt", queries, keys, preferred_element_type=jnp.float32)
-            logits = logits.reshape(batch, kv_heads, group, query_block, key_block)
-            logits = jnp.where(seen[:, None, None], logits, -1e30).reshape(batch, kv_heads, -1, key_block)
+            if edge:
+                columns = block * key_block + jnp.arange(key_block)
+                seen = (columns <= rows[:, None]) & (columns >= start[:, None, None])  # [B, query, key]
+                logits = logits.reshape(batch, kv_heads, group, query_block, key_block)
+                logits = jnp.where(seen[:, None, None], logits, -1e30).reshape(batch, kv_heads, -1, key_block)
             new_highest = jnp.maximum(highest, logits.max(axis=-1))
             weights = jnp.exp(logits - new_highest[..., None]).astype(v.dtype)
             part = jnp.einsum("bkrt,bktd->bkrd", weights, values, preferred_element_type=jnp.float32)
             return new_highest, summed * jnp.exp(highest - new_highest)[..., None] + part
 
         shape = (batch, kv_heads, group * query_block)
-        nothing = jnp.full(shape, -1e30), jnp.zeros((*shape, dim + 1))
-        last_key_block = (first + query_block - 1) // key_block
-        _, summed = lax.fori_loop(first_key_block, last_key_block + 1, visit, nothing)
+        carry = jnp.full(shape, -1e30), jnp.zeros((*shape, dim + 1))
+        # Only blocks at an edge need the mask: those with padding in them, and those on the diagonal.
+        end = (first + query_block - 1) // key_block + 1
+        inner = jnp.minimum(last_padded_block, end)
+        diagonal = jnp.maximum(inner, first // key_block)
+        carry = lax.fori_loop(first_key_block, inner, partial(visit, edge=True), carry)
+        carry = lax.fori_loop(inner, diagonal, partial(visit, edge=False), carry)
+        _, summed = lax.fori_loop(diagonal, end, partial(visit, edge=True), carry)
         out = summed[..., :dim] / jnp.maximum(summed[..., dim:], 1e-30)
         return out.reshape(batch, kv_heads, group, query_block, dim).astype(k.dtype)
 
