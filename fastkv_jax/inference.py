@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,6 +194,8 @@ def _propagate(x, rows: Rows, token_scores, budget, *, width: int):
 @partial(jax.jit, static_argnames=("capacity", "static"))
 def _run_layers(model: Llama, x, rows: Rows, kept, layers, *, capacity: int | None, static: Static):
     """(hidden rows, token scores of the last layer, what each of these layers keeps: all if capacity is None)."""
+    chex.assert_rank([x, rows.positions, kept], [3, 2, 1])
+    chex.assert_equal_shape_prefix([x, rows.positions], 2)
     cos, sin = rope.angles(model.config.rope, model.config.head_dim, jnp.maximum(rows.positions, 0))
 
     def layer(carry, index):
