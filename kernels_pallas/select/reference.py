@@ -21,7 +21,8 @@ def select(scores, count, capacity):
 
 def _ordered_bits(x):
     """uint32 keys in the order of the floats: flip the sign bit of positives, every bit of negatives; -0 equals 0."""
-    bits = lax.bitcast_convert_type(x.astype(jnp.float32) + 0.0, jnp.uint32)
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    bits = jnp.where(bits == _SIGN, jnp.uint32(0), bits)  # -0; adding 0 would do, but XLA drops that
     return jnp.where(bits >= _SIGN, ~bits, bits | _SIGN)
 
 
