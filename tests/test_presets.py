@@ -53,7 +53,7 @@ def test_the_models_of_the_paper_are_found_by_their_hub_id(name):
     assert presets.build("fastkv", presets.load(name), {}, layers).tsp_layer == tsp_layer
 
 
-@pytest.mark.parametrize("model", ["", "none", "None", "somebody/model", "/tmp/model", "paper"])
+@pytest.mark.parametrize("model", ["", "none", "None", "somebody/model", "some/model/folder", "paper"])
 def test_a_model_nobody_has_measured_gets_the_default(model):
     assert presets.for_model(model).name == "default"
 

@@ -50,19 +50,11 @@ class Series:
 def parser() -> common.Parser:
     """All flags."""
     parser = common.Parser(prog="benchmark.py", description=__doc__)
-    group = parser.add_argument_group("what to time")
-    group.add_argument(
-        "--model", default="smollm2-135m", help="folder, .gguf file, Hub id or known name (default: smollm2-135m)"
-    )
-    group.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="auto: float32 on the CPU, else bfloat16",
-    )
+    group = common.add_model_flags(parser)
     group.add_argument(
         "--random-weights", action="store_true", help="only the model's shape matters: do not load weights"
     )
+    group = parser.add_argument_group("what to time")
     group.add_argument(
         "--tokens", type=int, nargs="+", default=[4096], metavar="N", help="prompt lengths, >= 1 (default: 4096)"
     )
@@ -95,18 +87,17 @@ def _run(options: argparse.Namespace) -> int:
     platform = common.choose_platform(options)
     if not options.no_compile_cache:
         common.use_compile_cache()
-    dtype = ("float32" if platform == "cpu" else "bfloat16") if options.dtype == "auto" else options.dtype
-    _benchmark(options, dtype)
+    _benchmark(options, platform, common.dtype_for(options, platform))
     return common.OK
 
 
-def _benchmark(options: argparse.Namespace, dtype: str) -> None:
+def _benchmark(options: argparse.Namespace, platform: str, dtype: str) -> None:
     from fastkv_jax import checkpoint
     from fastkv_jax.cli.report import Reporter
     from fastkv_jax.methods import FullKV
 
     say = Reporter(quiet=options.quiet)
-    say.header(common.choose_platform(options), dtype)
+    say.header(platform, dtype)
     found = checkpoint.resolve(options.model, progress=not options.quiet)
     config = checkpoint.inspect(found)
     longest = max(options.tokens) + options.new_tokens

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 OK, FAILED, USAGE, BAD_MODEL, DEVICE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 130, 143
+DEFAULT_MODEL = "smollm2-135m"
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
 
 
@@ -50,6 +51,26 @@ class Parser(argparse.ArgumentParser):
 def _hyphens(word: str) -> str:
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if re.fullmatch(r"--[A-Za-z][\w-]*", name) else word
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """--model and --dtype; returns their group, for flags that belong beside them."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", default=DEFAULT_MODEL, help=f"folder, .gguf file, Hub id or known name (default: {DEFAULT_MODEL})"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="auto: float32 on the CPU, else bfloat16",
+    )
+    return group
+
+
+def dtype_for(options: argparse.Namespace, platform: str) -> str:
+    """The dtype asked for; auto is float32 on the CPU, else bfloat16."""
+    return ("float32" if platform == "cpu" else "bfloat16") if options.dtype == "auto" else options.dtype
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:

@@ -23,22 +23,11 @@ from fastkv_jax import presets
 from fastkv_jax.cli import common, prompts, report, settings
 from fastkv_jax.errors import FastKVConfigError, InputError
 
-DEFAULT_MODEL = "smollm2-135m"
-
 
 def parser() -> common.Parser:
     """All flags, with their ranges."""
     parser = common.Parser(prog="generate.py", description=__doc__)
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model", default=DEFAULT_MODEL, help=f"folder, .gguf file, Hub id or known name (default: {DEFAULT_MODEL})"
-    )
-    group.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="auto: float32 on the CPU, else bfloat16",
-    )
+    group = common.add_model_flags(parser)
     group.add_argument(
         "--max-seq-len", type=int, metavar="N", help="prompt and answer together, >= 2 (default: the model's own limit)"
     )
@@ -131,7 +120,7 @@ def _generate(options: argparse.Namespace, requests: list[prompts.Request], plat
     from fastkv_jax.sampling import Greedy, Sample
 
     say = report.Reporter(quiet=options.quiet)
-    dtype = ("float32" if platform == "cpu" else "bfloat16") if options.dtype == "auto" else options.dtype
+    dtype = common.dtype_for(options, platform)
     found = checkpoint.resolve(options.model, progress=not options.quiet)
     config = checkpoint.inspect(found)
     preset, method = settings.method(options, found.name, config.num_layers)
