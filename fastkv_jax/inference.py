@@ -258,6 +258,7 @@ def decode(model: Llama, token: Int[Array, " B"], cache: KVCache) -> tuple[Float
     """One step without checks, jit or donation, to be a part of a larger program."""
     x = model.embed(token[:, None])
     cos, sin = rope.angles(model.config.rope, model.config.head_dim, cache.position[:, None])
+    filled = jnp.broadcast_to(cache.used + 1, token.shape)
 
     def layer(carry, inputs):
         x, k_new, v_new = carry
@@ -269,7 +270,7 @@ def decode(model: Llama, token: Int[Array, " B"], cache: KVCache) -> tuple[Float
             for buffer, a in ((k_new, k), (v_new, v))
         )
         k_mine, v_mine = (lax.dynamic_index_in_dim(buffer, index, keepdims=False) for buffer in (k_new, v_new))
-        out = decode_attention(q[:, :, 0], entries.k, entries.v, entries.positions, k_mine, v_mine, cache.used + 1)
+        out = decode_attention(q[:, :, 0], entries.k, entries.v, entries.positions, k_mine, v_mine, filled)
         return (block.output(x, out[:, :, None]), k_new, v_new), None
 
     carry, first = (x, cache.k_new, cache.v_new), 0

@@ -9,7 +9,7 @@ D head dim.
 """
 
 from kernels_pallas.decode_attention import decode_attention
-from kernels_pallas.select import select
+from kernels_pallas.select import among_best, select
 from kernels_pallas.window_scores import pool, window_scores
 
-__all__ = ["decode_attention", "pool", "select", "window_scores"]
+__all__ = ["among_best", "decode_attention", "pool", "select", "window_scores"]

@@ -1,6 +1,6 @@
 """Exact top-k without a sort: the only place that chooses positions."""
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.select import reference
 
@@ -16,3 +16,8 @@ def select(scores: Float[Array, "*S T"], count: Int[Array, "*S"], capacity: int)
     if not 0 < capacity <= scores.shape[-1]:
         raise ValueError(f"select: capacity {capacity} is outside 1..{scores.shape[-1]}")
     return reference.select(scores, count, capacity)
+
+
+def among_best(scores: Float[Array, "*S T"], count: Int[Array, "*S"]) -> Bool[Array, "*S T"]:
+    """Whether each score is one of the `count` largest of its row; ties go to the lowest index."""
+    return reference.among_best(scores, count)

@@ -11,12 +11,15 @@ _SIGN = np.uint32(0x80000000)
 
 
 def select(scores, count, capacity):
+    return _compact(among_best(scores, count), count, capacity)
+
+
+def among_best(scores, count):
     keys = _ordered_bits(scores)
     threshold = _kth_largest(keys, count)
     above, tied = keys > threshold[..., None], keys == threshold[..., None]
     missing = count - above.sum(axis=-1, dtype=jnp.int32)
-    chosen = above | (tied & (jnp.cumsum(tied, axis=-1, dtype=jnp.int32) <= missing[..., None]))
-    return _compact(chosen, count, capacity)
+    return above | (tied & (jnp.cumsum(tied, axis=-1, dtype=jnp.int32) <= missing[..., None]))
 
 
 def _ordered_bits(x):

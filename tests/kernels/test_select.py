@@ -74,6 +74,15 @@ def test_the_example_of_its_documentation(implementation: str):
     assert np.asarray(chosen).tolist() == [-1, 0, 2, 3]
 
 
+@given(scores=values, count=counts)
+@settings(max_examples=50, deadline=None)
+def test_among_best_marks_what_select_chooses(scores: np.ndarray, count: list[int]):
+    marked = np.asarray(jax.jit(kernels_pallas.among_best)(scores, np.array(count, np.int32)))
+    chosen = np.asarray(kernels_pallas.select(scores, np.array(count, np.int32), CAPACITY))
+    for row, few in enumerate(count):
+        assert np.flatnonzero(marked[row]).tolist() == chosen[row, CAPACITY - few :].tolist()
+
+
 @pytest.mark.parametrize("capacity", [0, TOKENS + 1])
 def test_a_capacity_that_cannot_be_is_refused(capacity: int):
     with pytest.raises(ValueError, match=f"capacity {capacity} is outside 1..{TOKENS}"):
