@@ -11,7 +11,25 @@ from fastkv_jax.config import LlamaConfig
 from fastkv_jax.errors import BackendError, CheckpointError, FastKVConfigError, InputError
 from fastkv_jax.generation import generate
 from fastkv_jax.inference import decode_step, prefill
-from fastkv_jax.methods import METHODS, FastKV, FullKV
+from fastkv_jax.methods import (
+    ASL,
+    CLAA,
+    H2O,
+    METHODS,
+    TOVA,
+    AdaKV,
+    CriticalKV,
+    ExpectedAttention,
+    FastKV,
+    FullKV,
+    GemFilter,
+    KeyDiff,
+    Knorm,
+    PyramidInfer,
+    PyramidKV,
+    SnapKV,
+    StreamingLLM,
+)
 from fastkv_jax.sampling import Greedy, Sample
 from fastkv_jax.stream import stream
 from fastkv_jax.text import load_tokenizer
@@ -19,16 +37,30 @@ from fastkv_jax.text import load_tokenizer
 __version__ = "0.1.0"
 
 __all__ = [
+    "ASL",
+    "CLAA",
+    "H2O",
     "METHODS",
+    "TOVA",
+    "AdaKV",
     "BackendError",
     "CheckpointError",
+    "CriticalKV",
+    "ExpectedAttention",
     "FastKV",
     "FastKVConfigError",
     "FullKV",
+    "GemFilter",
     "Greedy",
     "InputError",
+    "KeyDiff",
+    "Knorm",
     "LlamaConfig",
+    "PyramidInfer",
+    "PyramidKV",
     "Sample",
+    "SnapKV",
+    "StreamingLLM",
     "decode_step",
     "generate",
     "load_model",

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Platform = Literal["cpu", "gpu", "tpu"]
 
 _QUERY_BLOCK, _KEY_BLOCK = 256, 512  # 768 x 512 logits of a group of three stay in a core's cache (CPU)
 _LANES = 128
+_AFTER_BLOCK = 128  # queries at once against a past
 
 
 def attention(
@@ -97,6 +98,50 @@ def _blocked(q, k, v, start):
     out = lax.map(query_rows, jnp.arange(length // query_block))  # [blocks, B, K, G, query, D]
     out = jnp.moveaxis(out, 0, 3).reshape(batch, -1, length, dim)
     return out[:, :, pad:]
+
+
+def attention_after(
+    past: tuple[Float[Array, "B N C D"], Float[Array, "B N C D"], Bool[Array, "B N C"], Int[Array, "B 1 C"] | None],
+    q: Float[Array, "B H T D"],
+    k: Float[Array, "B K T D"],
+    v: Float[Array, "B K T D"],
+    start: Int[Array, " B"],
+) -> Float[Array, "B H T D"]:
+    """`attention` of rows that also see all of the past: its keys, values, which slots count, and whose they are.
+
+    A block of queries at a time; written for short rows after a long past.
+    """
+    past_k, past_v, there, owner = past
+    batch, heads, tokens, dim = q.shape
+    pad = -tokens % _AFTER_BLOCK
+    blocks = jnp.pad(q, ((0, 0), (0, 0), (pad, 0), (0, 0))).reshape(batch, heads, -1, _AFTER_BLOCK, dim)
+    there = there[:, :, None]  # [B, N, 1, C]
+    if owner is not None:
+        there = there & (owner[:, :, None] == (jnp.arange(heads) // (heads // k.shape[1]))[:, None])
+    there = jnp.broadcast_to(there, (batch, there.shape[1], heads // past_k.shape[1], there.shape[-1]))
+    there = there.reshape(batch, heads, 1, -1)
+    columns = jnp.arange(tokens)
+
+    def product(spec, a, b):  # b has fewer heads: fold the group of each into a's axes
+        grouped = a.reshape(batch, b.shape[1], -1, *a.shape[2:])
+        out = jnp.einsum(spec, grouped, b, preferred_element_type=jnp.float32)
+        return out.reshape(batch, heads, *out.shape[3:])
+
+    def one_block(block_and_index):
+        block, index = block_and_index
+        rows = index * _AFTER_BLOCK - pad + jnp.arange(_AFTER_BLOCK)
+        seen = (columns <= rows[:, None]) & (columns >= start[:, None, None])  # [B, Q, T]
+        old = jnp.where(there, product("bngqd,bncd->bngqc", block, past_k) * dim**-0.5, -1e30)
+        new = jnp.where(seen[:, None], product("bngqd,bncd->bngqc", block, k) * dim**-0.5, -1e30)
+        weights = jax.nn.softmax(jnp.concatenate([old, new], axis=-1), axis=-1).astype(v.dtype)
+        mixed = [
+            product("bngqc,bncd->bngqd", part, values)
+            for part, values in ((weights[..., : old.shape[-1]], past_v), (weights[..., old.shape[-1] :], v))
+        ]
+        return (mixed[0] + mixed[1]).astype(v.dtype)
+
+    out = lax.map(one_block, (jnp.moveaxis(blocks, 2, 0), jnp.arange(blocks.shape[2])))
+    return jnp.moveaxis(out, 0, 2).reshape(batch, heads, -1, dim)[:, :, pad:]
 
 
 def _cudnn(q, k, v, start):

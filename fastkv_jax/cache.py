@@ -1,10 +1,23 @@
 """The KV cache as a pytree: frozen prompt entries per run of layers, and one small buffer for decoded tokens."""
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
+
+from fastkv_jax.errors import InputError
+from fastkv_jax.select import choose
+
+
+class LayerKV(NamedTuple):
+    """Prompt entries of one layer, by KV head."""
+
+    k: Float[Array, "B N C D"]
+    v: Float[Array, "B N C D"]
+    positions: Int[Array, "B N C"]
 
 
 @struct.dataclass
@@ -15,19 +28,55 @@ class SegmentKV:
 
         slot        0   1   2   3   4
         positions  -1  -1   0  17  18      three kept of C = 5
+
+    In a flat cache (`sharing` = K > 0) the heads of a layer share the slots, N = 1, one head after the other, and a
+    slot's code says whose it is: position * K + head.
     """
 
     k: Float[Array, "L B N C D"]
     v: Float[Array, "L B N C D"]
-    positions: Int[Array, "L B N C"]  # where each entry stood in the prompt, -1 = empty
+    positions: Int[Array, "L B N C"]  # where each entry stood in the prompt (flat: its code), -1 = empty
+    sharing: int = struct.field(pytree_node=False, default=0)
 
+    @property
+    def heads(self) -> Int[Array, "*L B 1 C"] | None:
+        """The KV head of each slot of a flat cache, else None."""
+        return self.positions % self.sharing if self.sharing else None
 
-class LayerKV(NamedTuple):
-    """Prompt entries of one layer."""
+    def flat(self, kv_heads: int) -> "SegmentKV":
+        """The same entries in a flat cache; the heads must be the K KV heads."""
+        if self.sharing:
+            return self
+        if self.k.shape[-3] != kv_heads:
+            raise InputError(f"a cache of {self.k.shape[-3]} heads cannot be joined with one that {kv_heads} share")
+        codes = jnp.where(self.positions >= 0, self.positions * kv_heads + jnp.arange(kv_heads)[:, None], -1)
+        k, v = (a.reshape(*a.shape[:-3], 1, -1, a.shape[-1]) for a in (self.k, self.v))
+        return SegmentKV(k, v, codes.reshape(*codes.shape[:-2], 1, -1), kv_heads)
 
-    k: Float[Array, "B N C D"]
-    v: Float[Array, "B N C D"]
-    positions: Int[Array, "B N C"]
+    def extended(self, other: "SegmentKV", kv_heads: int) -> "SegmentKV":
+        """The slots of both, these first. Where one is flat or per query head, the other becomes so."""
+        one, two = (self.flat(kv_heads), other.flat(kv_heads)) if self.sharing or other.sharing else (self, other)
+        heads = max(one.k.shape[-3], two.k.shape[-3])
+
+        def join(a: Array, b: Array, axis: int) -> Array:
+            a, b = (jnp.repeat(x, heads // x.shape[axis], axis=axis) for x in (a, b))
+            return jnp.concatenate([a, b], axis=axis + 1)
+
+        k, v, positions = join(one.k, two.k, -3), join(one.v, two.v, -3), join(one.positions, two.positions, -2)
+        return SegmentKV(k, v, positions, one.sharing)
+
+    def by_head(self) -> "SegmentKV":
+        """A flat cache as one with a row for each KV head, which costs K times the memory: for people and tests."""
+        if not self.sharing:
+            return self
+        owner = self.positions % self.sharing
+        mine = (owner == jnp.arange(self.sharing)[:, None]) & (self.positions >= 0)  # [L, B, K, C]
+        counts = mine.sum(axis=-1, dtype=jnp.int32)
+        chosen = choose(jnp.where(mine, 0.0, -jnp.inf), counts, mine.shape[-1])
+        spread = lambda a: jnp.broadcast_to(a, (*mine.shape[:3], *a.shape[3:]))  # noqa: E731
+        k, v = (chosen.take(spread(a), 0) for a in (self.k, self.v))
+        codes = chosen.take(spread(self.positions), -1)
+        return SegmentKV(k, v, jnp.where(codes >= 0, codes // self.sharing, -1))
 
 
 @struct.dataclass
@@ -37,8 +86,19 @@ class KVCache:
     segments: tuple[SegmentKV, ...]
     k_new: Float[Array, "L B K M D"]  # decoded tokens, appended in step order
     v_new: Float[Array, "L B K M D"]
-    used: Int[Array, ""]  # filled slots of the buffer, the same for every row
+    used: Int[Array, ""]  # the slot that the next token goes to, the same for every row
+    filled: Int[Array, " B"]  # slots that count; fewer than `used` in a row that ended before others
     position: Int[Array, " B"]  # true position of each row's next token
+
+    @classmethod
+    def empty_after(
+        cls, segments: tuple[SegmentKV, ...], position: Int[Array, " B"], max_new_tokens: int, kv_heads: int
+    ) -> "KVCache":
+        """Prompt entries, and a buffer with room for new tokens."""
+        layers, k = sum(segment.k.shape[0] for segment in segments), segments[0].k
+        shape = (layers, k.shape[1], kv_heads, max_new_tokens, k.shape[-1])
+        used, filled = jnp.zeros((), jnp.int32), jnp.zeros(position.shape, jnp.int32)
+        return cls(segments, jnp.zeros(shape, k.dtype), jnp.zeros(shape, k.dtype), used, filled, position)
 
     @property
     def max_new_tokens(self) -> int:
@@ -46,16 +106,58 @@ class KVCache:
         return self.k_new.shape[3]
 
     @property
+    def num_layers(self) -> int:
+        """Layers (L)."""
+        return self.k_new.shape[0]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all arrays, the empty slots included."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """Where a run of layers ends and the next begins, 0 and L included."""
+        return tuple(accumulate((segment.k.shape[0] for segment in self.segments), initial=0))
+
+    def run(self, first: int, stop: int) -> SegmentKV:
+        """Entries of the layers [first, stop), which lie in one segment."""
+        for segment, begin, end in zip(self.segments, self.edges, self.edges[1:], strict=False):
+            if begin <= first and stop <= end:
+                whole = (first, stop) == (begin, end)
+                return segment if whole else jax.tree.map(lambda a: a[first - begin : stop - begin], segment)
+        raise IndexError(f"layers {first}..{stop - 1} are not in one of the runs {self.edges}")
+
     def layer(self, index: int) -> LayerKV:
-        """Prompt entries of layer `index`."""
-        first = 0
-        for segment in self.segments:
-            if first <= index < first + segment.k.shape[0]:
-                i = index - first
-                return LayerKV(segment.k[i], segment.v[i], segment.positions[i])
-            first += segment.k.shape[0]
-        raise IndexError(f"layer {index} is outside 0..{first - 1}")
+        """Prompt entries of layer `index`, a row for each cache head."""
+        if not 0 <= index < self.num_layers:
+            raise IndexError(f"layer {index} is outside 0..{self.num_layers - 1}")
+        one = self.run(index, index + 1).by_head()
+        return LayerKV(one.k[0], one.v[0], one.positions[0])
+
+    def row(self, index: int) -> "KVCache":
+        """The cache of one row of the batch."""
+        one = slice(index, index + 1)
+        segments = jax.tree.map(lambda a: a[:, one], self.segments)
+        new = self.k_new[:, one], self.v_new[:, one]
+        return KVCache(segments, *new, self.used, self.filled[one], self.position[one])
+
+    def folded(self) -> "KVCache":
+        """Decoded tokens as prompt entries; the buffer is left without slots."""
+        if not isinstance(self.used, jax.core.Tracer) and not int(self.used):
+            return self
+        return _fold(self)
+
+
+@jax.jit
+def _fold(cache: KVCache) -> KVCache:
+    slots = jnp.arange(cache.max_new_tokens)
+    first = (cache.position - cache.filled)[:, None]
+    positions = jnp.where(slots < cache.filled[:, None], first + slots, -1)  # [B, M]
+    shape = cache.k_new.shape[:4]
+    decoded = SegmentKV(cache.k_new, cache.v_new, jnp.broadcast_to(positions[:, None], shape))
+    segments = tuple(
+        segment.extended(jax.tree.map(lambda a, i=i, j=j: a[i:j], decoded), shape[2])
+        for segment, i, j in zip(cache.segments, cache.edges, cache.edges[1:], strict=False)
+    )
+    return KVCache.empty_after(segments, cache.position, 0, shape[2])

@@ -43,7 +43,11 @@ class _Loop:
     finite: Bool[Array, ""]  # no NaN or infinity among the logits so far
     count: Int[Array, ""]
     key: Key[Array, ""]
-    new: tuple[Array, Array, Array, Array]  # the parts of the cache that change: k_new, v_new, used, position
+    new: tuple[Array, ...]  # the parts of the cache that change, see `_changing`
+
+
+def _changing(cache: KVCache) -> tuple[Array, ...]:
+    return cache.k_new, cache.v_new, cache.used, cache.filled, cache.position
 
 
 @partial(jax.jit, static_argnames=("sampler", "stop_tokens"))
@@ -51,9 +55,8 @@ def _first_token(prompt: Prefill, key, *, sampler: Sampler, stop_tokens: tuple[i
     """The first token comes from the prompt's own logits."""
     key, now = jax.random.split(key)
     token = sampler(prompt.logits, now)
-    cache = prompt.cache
-    new = (cache.k_new, cache.v_new, cache.used, cache.position)
     finite = jnp.isfinite(prompt.logits).all()
+    new = _changing(prompt.cache)
     return _Loop(token, _is_stop(token, stop_tokens), finite, jnp.ones((), jnp.int32), key, new)
 
 
@@ -63,12 +66,12 @@ def _decode_chunk(model, segments, loop: _Loop, limit, *, sampler, stop_tokens, 
 
     def step(loop: _Loop, _):
         def go(loop: _Loop):
-            logits, cache = decode(model, loop.token, KVCache(segments, *loop.new))
+            logits, cache = decode(model, loop.token, KVCache(segments, *loop.new), ~loop.done)
             key, now = jax.random.split(loop.key)
             token = jnp.where(loop.done, pad_token, sampler(logits, now))
             finite = loop.finite & (jnp.isfinite(logits).all(axis=-1) | loop.done).all()
-            new = (cache.k_new, cache.v_new, cache.used, cache.position)
-            return _Loop(token, loop.done | _is_stop(token, stop_tokens), finite, loop.count + 1, key, new)
+            done = loop.done | _is_stop(token, stop_tokens)
+            return _Loop(token, done, finite, loop.count + 1, key, _changing(cache))
 
         def rest(loop: _Loop):
             return dataclasses.replace(loop, token=jnp.full_like(loop.token, pad_token))

@@ -22,12 +22,17 @@ class Prompt(NamedTuple):
     window_end: Int[np.ndarray, " B"]
 
 
-def check_batch(tokens: Any, start: Any, window_end: Any, config: LlamaConfig, max_new_tokens: int) -> Prompt:
-    """The batch as int32 arrays, or `InputError` saying which value at which index is wrong."""
+def check_batch(
+    tokens: Any, start: Any, window_end: Any, config: LlamaConfig, max_new_tokens: int, before: Any = None
+) -> Prompt:
+    """The batch as int32 arrays, or `InputError` saying which value at which index is wrong.
+
+    `before` [B] counts the tokens that stand before these in a cache, None without one.
+    """
     if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 0:
         raise InputError(f"max_new_tokens must be an integer >= 0, got {max_new_tokens!r}")
-    traced = isinstance(tokens, Tracer) or isinstance(start, Tracer)
-    if not traced:
+    traced = any(isinstance(given, Tracer) for given in (tokens, start, before))
+    if not isinstance(tokens, Tracer):
         tokens = _check_tokens(tokens, config)
     batch, columns = tokens.shape
     if start is None:
@@ -35,8 +40,11 @@ def check_batch(tokens: Any, start: Any, window_end: Any, config: LlamaConfig, m
     elif not isinstance(start, Tracer):
         start = _check_start(start, batch, columns)
     window_end = _check_window_end(window_end, batch)
+    if before is not None and before.shape != (batch,):
+        raise InputError(f"the cache holds {before.shape[0]} rows, the batch {batch}")
     if not traced:
-        check_lengths(np.asarray(columns - start), config, max_new_tokens)
+        earlier = 0 if before is None else np.asarray(before)
+        check_lengths(np.asarray(columns - start) + earlier, config, max_new_tokens)
         for row in np.flatnonzero(window_end >= columns - start):
             raise InputError(
                 f"window_end {window_end[row]} leaves no question in row {row} ({columns - start[row]} tokens)"

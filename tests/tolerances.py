@@ -2,6 +2,7 @@
 
 LOGITS = 1e-4  # next-token logits of the small models against a recording or the float64 oracle
 CACHE = 2e-4  # keys and values against the same
+FLOAT16 = 5e-3  # both, where the recorded code computed attention in float16
 SAME = 2e-5  # the library against itself by another route (padding, batch, mesh): only the order of sums differs
 SCORES = 1e-6  # window scores against float64
 ATTENTION = 5e-6  # attention against float64

@@ -1,0 +1,89 @@
+"""What all methods that only compress have in common: every token goes through every layer, a part of K/V stays."""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from fastkv_jax.errors import FastKVConfigError
+from fastkv_jax.methods.base import Layer, Scores, Segment
+from fastkv_jax.methods.budgets import Budget, at_least, check_int, check_pair, check_pooling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """Each cache head of every layer keeps its best entries: `retention_rate` of the prompt in (0, 1], or `capacity`.
+
+    The last `window_size` tokens of the question always stay. A prompt shorter than `min_prompt_to_compress` tokens is
+    left whole. A subclass says which entries are best; `reference(...)` takes the same settings and behaves as the
+    published code. Raises `FastKVConfigError` for settings that cannot work.
+    """
+
+    retention_rate: float | None = None
+    capacity: int | None = None
+    window_size: int = 8
+    min_prompt_to_compress: int = 0
+
+    memory = 1
+
+    def __post_init__(self):
+        self._check_budget()
+        check_int("window_size", self.window_size, 1)
+        check_int("min_prompt_to_compress", self.min_prompt_to_compress, 0)
+        if self.capacity is not None and self.capacity < self.window_size:
+            raise FastKVConfigError(f"window_size ({self.window_size}) must not exceed capacity ({self.capacity})")
+
+    def _check_budget(self) -> None:
+        if self.retention_rate is None and self.capacity is None:
+            object.__setattr__(self, "retention_rate", 0.1)
+        check_pair("retention_rate", self.retention_rate, "capacity", self.capacity)
+
+    @classmethod
+    def reference(cls, *args: Any, **kwargs: Any) -> Self:
+        """As the published code behaves, where that differs from ours."""
+        published = {"published": True} if "published" in {field.name for field in fields(cls)} else {}
+        return cls(*args, **kwargs, **published)
+
+    def window(self, n: np.ndarray) -> np.ndarray:
+        """`window_size`, for every prompt length."""
+        return np.full_like(n, self.window_size)
+
+    def check(self, num_layers: int) -> None:
+        """Any model will do."""
+
+    def budget(self, n: np.ndarray) -> np.ndarray:
+        """Entries that each head keeps of n."""
+        kept = at_least(self.window_size, Budget(self.retention_rate, self.capacity).of(n), n)
+        return np.where(n < self.min_prompt_to_compress, n, kept)
+
+    def plan(self, n: np.ndarray, num_layers: int) -> tuple[Segment, ...]:
+        """The same budget in all layers."""
+        return (Segment(0, num_layers, tokens=n, kept=self.budget(n)),)
+
+    def scores(self, layer: Layer) -> Scores:
+        """`importance` for the cache; summed over the heads where tokens are to be chosen by it."""
+        kv = self.importance(layer)
+        return Scores(kv.sum(axis=1), kv)
+
+    def importance(self, layer: Layer) -> Float[Array, "B N S"]:
+        """How much each entry is worth to each cache head."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowCompression(Compression):
+    """A compression that looks through the observation window: pooled over `kernel_size` neighbours, odd."""
+
+    kernel_size: int = 7
+    pooling: Literal["max", "avg"] = "max"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_pooling(self.kernel_size, self.pooling)
+
+
+def per_query_head(x: Float[Array, "B K S D"], layer: Layer) -> Float[Array, "B H S D"]:
+    """Each KV head repeated for the query heads of its group."""
+    return jnp.repeat(x, layer.q.shape[1] // x.shape[1], axis=1)

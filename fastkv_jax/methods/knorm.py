@@ -1,0 +1,20 @@
+"""Knorm (arXiv 2406.11430): keep the entries whose keys are short."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from fastkv_jax.methods.base import Layer
+from fastkv_jax.methods.compression import Compression
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knorm(Compression):
+    """Minus the L2 norm of the key. Needs no queries, so any question may follow.
+
+    Source: section 3. Differs: the last `window_size` tokens stay.
+    """
+
+    def importance(self, layer: Layer):
+        """Short keys are those that much attention falls on."""
+        return -jnp.linalg.norm(layer.k.astype(jnp.float32), axis=-1)

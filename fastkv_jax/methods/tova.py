@@ -1,0 +1,24 @@
+"""TOVA (arXiv 2401.06104): keep what the last token attends to."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from fastkv_jax.methods.base import Layer
+from fastkv_jax.methods.compression import Compression
+from kernels_pallas import window_scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class TOVA(Compression):
+    """Attention of the question's last token, averaged over all heads: one set of entries for a whole layer.
+
+    Source: section 3.2. Differs: applied once, to the prompt, and the last `window_size` tokens stay.
+    """
+
+    def importance(self, layer: Layer):
+        """The same row of scores for every head."""
+        last = window_scores(
+            layer.last_queries(1), layer.k, layer.start, layer.stop, kernel_size=1, pooling="max"
+        )
+        return jnp.broadcast_to(last.mean(axis=1, keepdims=True), last.shape)
