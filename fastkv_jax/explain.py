@@ -109,12 +109,8 @@ def explain(result: Prefill, tokens: Any, tokenizer: Any = None, *, row: int = 0
     kept = np.zeros((len(layers), max(heads), ids.size), bool)
     for layer, head_positions in enumerate(positions):
         for head, p in enumerate(head_positions):
-            kept[layer, head, p[p >= 0]] = True
-    propagated = None
-    if result.propagated is not None:
-        p = np.asarray(result.propagated[row])
-        propagated = np.zeros(ids.size, bool)
-        propagated[p[p >= 0]] = True
+            kept[layer, head] = _marked(p, ids.size)
+    propagated = None if result.propagated is None else _marked(np.asarray(result.propagated[row]), ids.size)
     words = [str(i) for i in ids] if tokenizer is None else _texts(tokenizer, ids.tolist())
     return Explanation(ids, tuple(words), tokenizer is not None, kept, heads, propagated)
 
@@ -138,12 +134,22 @@ def _row_ids(result: Prefill, tokens: Any, start: Any, row: int) -> Int[np.ndarr
     if first.shape != (batch,) or not np.issubdtype(first.dtype, np.integer) or (first < 0).any():
         raise InputError(f"start must be {batch} integers >= 0, got {start!r}")
     ids = array[row, first[row] :]
-    read = int(result.cache.position[row]) - int(np.broadcast_to(result.cache.used, batch)[row])
-    if ids.size != read:
-        raise InputError(f"row {row} has {ids.size:,} tokens, the result was made from {read:,}: pass its own start")
+    following, decoded = int(result.cache.position[row]), int(result.cache.used)
+    if not following - decoded <= ids.size <= following:  # a row may have decoded fewer
+        made = following - decoded
+        raise InputError(f"row {row} has {ids.size:,} tokens, the result was made from {made:,}: pass its own start")
     if (ids < 0).any() or (ids >= vocabulary).any():
         raise InputError(f"row {row} holds token ids outside the result's vocabulary of {vocabulary}")
     return ids
+
+
+def _marked(positions: Int[np.ndarray, " C"], n: int) -> Bool[np.ndarray, " n"]:
+    """Which of 0 ... n - 1 are among `positions`, where -1 is none."""
+    if positions.max(initial=-1) >= n:
+        raise InputError(f"the cache holds position {positions.max()}, the tokens given end at {n - 1}")
+    marks = np.zeros(n, bool)
+    marks[positions[positions >= 0]] = True
+    return marks
 
 
 def _texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:

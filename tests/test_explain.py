@@ -17,9 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import fastkv_jax as fk
 from examples import BUCKET, EXAMPLES, LENGTHS, PROMPTS, model_a, ragged
-from fastkv_jax.cache import KVCache, SegmentKV
+from fastkv_jax.cache import SegmentKV
 from fastkv_jax.explain import HEADER, LEFT, MAP, STRIP, WIDTH, Explanation, resample
-from fastkv_jax.inference import Prefill
 
 FASTKV, FULL = EXAMPLES["fastkv"][0], EXAMPLES["full"][0]
 TOKENS, START = fk.pad_batch(PROMPTS, BUCKET)
@@ -119,9 +118,11 @@ def test_the_boundary_is_the_layer_after_the_tsp_layer():
 def test_layers_may_differ_in_heads_and_capacity():
     positions = [np.array([[[-1, 0, 2], [1, 2, 3]]]), np.array([[[-1, 3], [0, 3], [2, 3], [-1, -1]]])]
     segments = tuple(SegmentKV(p[None, ..., None], p[None, ..., None], p[None]) for p in positions)
-    room = np.zeros((2, 1, 2, 0, 1))
-    cache = KVCache(segments, room, room, np.int32(0), np.array([4]))  # pyright: ignore[reportArgumentType]
-    result = Prefill(np.zeros((1, 9)), cache, np.array([[-1, 0, 2, 3]]))  # pyright: ignore[reportArgumentType]
+    result = ragged(FASTKV)
+    cache = dataclasses.replace(
+        result.cache, segments=segments, k_new=np.zeros((2, 1, 2, 0, 1)), position=np.array([4]), used=np.int32(0)
+    )
+    result = dataclasses.replace(result, logits=np.zeros((1, 9)), cache=cache, propagated=np.array([[-1, 0, 2, 3]]))
     found = fk.explain(result, [[5, 6, 7, 8]])
     assert found.heads == (2, 4)
     expected = [["1010", "0111", "0000", "0000"], ["0001", "1001", "0011", "0000"]]
@@ -181,8 +182,13 @@ def test_a_result_can_be_explained_until_decoding_takes_its_cache():
     _, cache = fk.decode_step(model_a(), np.array([1]), result.cache)
     with pytest.raises(fk.InputError, match="given to decoding"):
         fk.explain(result, tokens)
-    after = fk.explain(dataclasses.replace(result, cache=cache), tokens)
-    assert (after.kept == before.kept).all()
+    result = dataclasses.replace(result, cache=cache)
+    assert (fk.explain(result, tokens).kept == before.kept).all()
+    with pytest.raises(fk.InputError, match="row 0 has 82 tokens, the result was made from 80"):
+        fk.explain(result, [[1, 1, *PROMPTS[3]]])
+    longer = dataclasses.replace(cache, position=np.array([80]))
+    with pytest.raises(fk.InputError, match="the cache holds position 79, the tokens given end at 78"):
+        fk.explain(dataclasses.replace(result, cache=longer), [PROMPTS[3][1:]])
 
 
 # ---- The page -------------------------------------------------------------------------------------------------------
