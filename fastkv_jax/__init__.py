@@ -9,6 +9,7 @@ from fastkv_jax.buckets import pad_batch
 from fastkv_jax.checkpoint import load_model
 from fastkv_jax.config import LlamaConfig
 from fastkv_jax.errors import BackendError, CheckpointError, FastKVConfigError, InputError
+from fastkv_jax.explain import explain
 from fastkv_jax.generation import generate
 from fastkv_jax.inference import decode_step, prefill
 from fastkv_jax.methods import (
@@ -62,6 +63,7 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "decode_step",
+    "explain",
     "generate",
     "load_model",
     "load_tokenizer",

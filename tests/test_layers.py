@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "checkpoint": MIDDLE | {"inference", "checkpoint"},
     "text": MIDDLE | {"inference", "checkpoint"},
     "stream": MIDDLE | {"inference", "generation", "checkpoint", "text"},
+    "explain": MIDDLE | {"inference", "checkpoint", "text"},
 }
 PUBLIC = {"fastkv_jax", "cli", "__main__"}  # may import everything below; "fastkv_jax" is its __init__
 
@@ -109,7 +110,7 @@ before = dict(os.environ), dict(jax.config.values)
 import fastkv_jax, kernels_pallas, sys
 after = dict(os.environ), dict(jax.config.values)
 changed = [sorted(k for k in b.keys() | a.keys() if b.get(k) != a.get(k)) for b, a in zip(before, after)]
-heavy = sorted({"torch", "transformers", "fastkv_jax.cli"} & set(sys.modules))
+heavy = sorted({"matplotlib", "torch", "transformers", "fastkv_jax.cli"} & set(sys.modules))
 print(json.dumps([*changed, heavy, jax._src.xla_bridge.backends_are_initialized()]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
