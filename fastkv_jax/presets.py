@@ -11,12 +11,10 @@ import yaml
 from fastkv_jax.errors import FastKVConfigError
 from fastkv_jax.methods import METHODS, Method
 
-PARTNERS = {
-    "tsp_rate": "tsp_length",
-    "tsp_length": "tsp_rate",
-    "retention_rate": "capacity",
-    "capacity": "retention_rate",
-}
+_PAIRS = [("tsp_rate", "tsp_length"), ("retention_rate", "capacity"), ("tsp_layer", "tsp_layers")]
+PARTNERS = {one: other for pair in _PAIRS for one, other in (pair, pair[::-1])}
+PARTS = ("compression", "selection")  # settings that name another method
+HIDDEN = ("published", "base")  # for Python alone
 _FOLDERS = ("models", "methods")
 
 
@@ -68,21 +66,24 @@ def for_model(model: str) -> Preset:
 
 def settings_of(method: str) -> tuple[str, ...]:
     """The settings a method takes, in the order of its dataclass."""
-    return tuple(field.name for field in dataclasses.fields(METHODS[method]) if field.name != "published")
+    return tuple(field.name for field in dataclasses.fields(METHODS[method]) if field.name not in HIDDEN)
 
 
 def settings(method: Method) -> dict[str, Any]:
-    """The settings of a method as plain values."""
-    return {field.name: getattr(method, field.name) for field in dataclasses.fields(cast(Any, method))}
+    """The settings of a method as plain values; another method within it as text."""
+    values = {field.name: getattr(method, field.name) for field in dataclasses.fields(cast(Any, method))}
+    return {name: repr(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
 
 
 def build(method: str, preset: Preset, given: Mapping[str, Any], num_layers: int | None) -> Method:
     """The method with a preset's settings, each replaced, partner included, where `given` has one.
 
-    `num_layers` None checks the settings alone, before the model is known. Raises `FastKVConfigError` for a setting the
-    method does not have, both of a pair, or values that cannot work.
+    A compression or selection is given by its name and built in the same way, with the budget for itself.
+    `num_layers` None checks the settings alone, before the model is known. Raises `FastKVConfigError` for a setting
+    that no part of the method has, both of a pair, or values that cannot work.
     """
-    fields = settings_of(method)
+    parts = {name: given[name] for name in PARTS if name in given and name in settings_of(method)}
+    fields = {name for part in (method, *parts.values()) for name in settings_of(part)}
     for name, value in given.items():
         flag, partner = f"--{name.replace('_', '-')}", PARTNERS.get(name, "")
         if name not in fields:
@@ -91,13 +92,23 @@ def build(method: str, preset: Preset, given: Mapping[str, Any], num_layers: int
             other = f"--{partner.replace('_', '-')}"
             raise FastKVConfigError(f"{flag} {value} and {other} {given[partner]} exclude each other; give one")
     kept = {name: value for name, value in preset.settings.items() if PARTNERS.get(name) not in given}
-    chosen = {name: value for name, value in {**kept, **given}.items() if name in fields}
-    if "tsp_layer" in fields and chosen.get("tsp_layer") is None:
-        chosen["tsp_layer"] = max((num_layers or 0) // 2 - 1, 0)
-    built = METHODS[method](**chosen)
+    chosen = {**kept, **{name: value for name, value in given.items() if name not in PARTS}}
+    own = {name: value for name, value in chosen.items() if name in settings_of(method)}
+    for name, part in parts.items():
+        own[name] = build(part, Preset(preset.name, preset.window_end, {}), _for_part(part, chosen), num_layers)
+    if "compression" in parts:
+        own = {name: value for name, value in own.items() if name not in ("retention_rate", "capacity")}
+    for name in ("tsp_layer", "filter_layer"):
+        if name in settings_of(method) and own.get(name) is None and PARTNERS.get(name) not in own:
+            own[name] = chosen.get("tsp_layer") or max((num_layers or 0) // 2 - 1, 0)
+    built = METHODS[method](**own)
     if num_layers is not None:
         built.check(num_layers)
     return built
+
+
+def _for_part(part: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in chosen.items() if name in settings_of(part) and name not in PARTS}
 
 
 def _configs() -> Any:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fastkv_jax.cache import KVCache, SegmentKV
+from fastkv_jax.errors import InputError
 
 B, K, D, M = 2, 2, 4, 3
 
@@ -22,7 +23,7 @@ def segment(layers, capacity, first):
 def cache():
     new = jnp.zeros((5, B, K, M, D))
     segments = (segment(2, 7, 0), segment(3, 4, 2))
-    return KVCache(segments, new, new, jnp.zeros((), jnp.int32), jnp.full(B, 9))
+    return KVCache(segments, new, new, jnp.zeros((), jnp.int32), jnp.zeros(B, jnp.int32), jnp.full(B, 9))
 
 
 @pytest.mark.parametrize(("index", "capacity"), [(0, 7), (1, 7), (2, 4), (4, 4)])
@@ -42,14 +43,84 @@ def test_a_layer_that_is_not_there_is_named(cache, index):
 def test_its_room_and_its_bytes(cache):
     assert cache.max_new_tokens == M
     entries = 2 * 7 + 3 * 4
-    assert cache.nbytes == B * K * entries * (2 * D * 4 + 4) + 2 * 5 * B * K * M * D * 4 + 4 + 4 * B
+    assert cache.nbytes == B * K * entries * (2 * D * 4 + 4) + 2 * 5 * B * K * M * D * 4 + 4 + 8 * B
     assert cache.replace(k_new=cache.k_new.astype(jnp.bfloat16)).nbytes == cache.nbytes - 5 * B * K * M * D * 2
 
 
 def test_it_passes_through_jit_as_it_is(cache):
     found = jax.jit(lambda c: c)(cache)
     assert jax.tree.structure(found) == jax.tree.structure(cache)
-    assert len(jax.tree.leaves(cache)) == 2 * 3 + 4
+    assert len(jax.tree.leaves(cache)) == 2 * 3 + 5
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(cache), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
+
+
+def entries(heads, per_head, first=0):
+    """One layer, one row: head h holds the positions first + h, first + h + heads, ...; keys say (head, position)."""
+    positions = first + jnp.arange(per_head) * heads + jnp.arange(heads)[:, None]
+    owner = jnp.broadcast_to(jnp.arange(heads)[:, None], positions.shape)
+    k = jnp.stack([owner, positions], axis=-1).astype(jnp.float32)[None, None]
+    return SegmentKV(k, -k, positions[None, None].astype(jnp.int32))
+
+
+def test_a_flat_cache_holds_the_same_entries_in_as_many_bytes():
+    by_head = entries(3, 4)
+    flat = by_head.flat(3)
+    assert flat.k.shape == (1, 1, 1, 12, 2) and flat.sharing == 3
+    assert sum(a.nbytes for a in jax.tree.leaves(flat)) == sum(a.nbytes for a in jax.tree.leaves(by_head))
+    np.testing.assert_array_equal(flat.heads, flat.k[..., 0])  # whose each slot is
+    back = flat.by_head()
+    assert back.positions.shape == (1, 1, 3, 12) and back.heads is None and by_head.by_head() is by_head
+    np.testing.assert_array_equal(back.positions[..., -4:], by_head.positions)
+    np.testing.assert_array_equal(back.k[..., -4:, :], by_head.k)
+    np.testing.assert_array_equal(back.v[..., -4:, :], by_head.v)
+    assert (np.asarray(back.positions[..., :-4]) == -1).all()
+
+
+@pytest.mark.parametrize("flat_first", [False, True])
+def test_slots_are_joined_also_with_a_flat_cache(flat_first):
+    old, new = entries(3, 4), entries(3, 2, first=50)
+    joined = (old.flat(3) if flat_first else old).extended(new if flat_first else new.flat(3), 3).by_head()
+    for head in range(3):
+        kept = np.asarray(joined.positions)[0, 0, head]
+        expected = [*np.asarray(old.positions)[0, 0, head], *np.asarray(new.positions)[0, 0, head]]
+        assert kept[kept >= 0].tolist() == expected
+        np.testing.assert_array_equal(np.asarray(joined.k)[0, 0, head][kept >= 0][:, 1], expected)
+
+
+def test_a_cache_per_query_head_is_joined_by_repeating_the_other():
+    joined = entries(4, 2).extended(entries(2, 3, first=20), 2)
+    assert joined.k.shape == (1, 1, 4, 5, 2)
+    np.testing.assert_array_equal(joined.positions[0, 0, :, 2:], [[20, 22, 24]] * 2 + [[21, 23, 25]] * 2)
+    with pytest.raises(InputError, match="a cache of 4 heads cannot be joined with one that 2 share"):
+        entries(4, 2).extended(entries(2, 3).flat(2), 2)
+
+
+def test_decoded_tokens_become_prompt_entries(cache):
+    assert cache.folded() is cache  # none yet
+    k_new = jnp.arange(M, dtype=jnp.float32)[:, None] + jnp.zeros((5, B, K, M, D))
+    filled = jnp.array([2, 1])
+    used = cache.replace(k_new=k_new, used=jnp.int32(2), filled=filled, position=jnp.array([11, 6]))
+    folded = used.folded()
+    assert folded.max_new_tokens == 0 and folded.edges == cache.edges == (0, 2, 5)
+    np.testing.assert_array_equal(folded.position, used.position)
+    for layer in range(5):
+        old, new = cache.layer(layer), folded.layer(layer)
+        np.testing.assert_array_equal(new.positions[..., :-M], old.positions)
+        np.testing.assert_array_equal(new.positions[0, :, -M:], [[9, 10, -1]] * K)
+        np.testing.assert_array_equal(new.positions[1, :, -M:], [[5, -1, -1]] * K)
+        np.testing.assert_array_equal(new.k[..., -M:, :], k_new[layer])
+
+
+def test_one_row_of_it(cache):
+    row = cache.replace(position=jnp.array([4, 8])).row(1)
+    assert row.position.tolist() == [8] and row.layer(0).k.shape == (1, K, 7, D)
+    assert row.k_new.shape == (5, 1, K, M, D)
+
+
+def test_layers_of_one_run(cache):
+    assert cache.run(0, 2) is cache.segments[0]
+    assert cache.run(3, 5).k.shape[0] == 2
+    with pytest.raises(IndexError, match="layers 1..2 are not in one of the runs"):
+        cache.run(1, 3)

@@ -15,6 +15,7 @@ import fastkv_jax as fk
 from examples import (
     BUCKET,
     EXAMPLES,
+    IN_ORACLE,
     LENGTHS,
     METHOD_IDS,
     METHODS,
@@ -23,13 +24,14 @@ from examples import (
     PROMPTS,
     TAILS,
     filled,
+    filled_by_head,
     model_a,
     oracle_settings,
     ragged,
 )
 from examples import weights_a as oracle_model
-from fastkv_jax import inference
-from fastkv_jax.inference import Prefill
+from fastkv_jax import stages
+from fastkv_jax.inference import Prefill, compile_prefill
 from fastkv_jax.methods.base import Method
 from oracle import oracle_forward, oracle_generate
 from tolerances import CACHE, LOGITS, LOGITS_BF16, SAME
@@ -37,7 +39,13 @@ from tolerances import CACHE, LOGITS, LOGITS_BF16, SAME
 LAYERS = 4
 FASTKV = METHODS[1]
 all_methods = pytest.mark.parametrize("method", METHODS, ids=METHOD_IDS)
+in_the_oracle = pytest.mark.parametrize("method", IN_ORACLE, ids=["full", "fastkv-0", "fastkv-1", "fastkv-2"])
 one_of_each = pytest.mark.parametrize("method", [examples[0] for examples in EXAMPLES.values()], ids=list(EXAMPLES))
+that_can_be_traced = pytest.mark.parametrize(
+    "method",
+    [examples[0] for name, examples in EXAMPLES.items() if name != "asl"],
+    ids=[n for n in EXAMPLES if n != "asl"],
+)
 
 
 def batch() -> tuple[np.ndarray, np.ndarray]:
@@ -58,11 +66,12 @@ def assert_same_row(a: Prefill, row: int, b: Prefill, other: int, tolerance: flo
     np.testing.assert_allclose(a.logits[row], b.logits[other], rtol=0, atol=tolerance)
     for i in range(LAYERS):
         one, two = a.cache.layer(i), b.cache.layer(i)
-        kept = filled(one.positions[row])
-        np.testing.assert_array_equal(kept, filled(two.positions[other]))
-        slots = kept.shape[1]
-        np.testing.assert_allclose(one.k[row, :, -slots:], two.k[other, :, -slots:], rtol=0, atol=tolerance)
-        np.testing.assert_allclose(one.v[row, :, -slots:], two.v[other, :, -slots:], rtol=0, atol=tolerance)
+        heads = filled_by_head(one.positions[row]), filled_by_head(two.positions[other])
+        for head, (kept, theirs) in enumerate(zip(*heads, strict=True)):
+            np.testing.assert_array_equal(kept, theirs)
+            for x, y in ((one.k, two.k), (one.v, two.v)):
+                mine, theirs = (np.asarray(c[r, head])[-len(kept) :] for c, r in ((x, row), (y, other)))
+                np.testing.assert_allclose(mine, theirs, rtol=0, atol=tolerance)
     assert (a.propagated is None) == (b.propagated is None)
     if a.propagated is not None and b.propagated is not None:
         np.testing.assert_array_equal(*(filled(x.propagated[r][None]) for x, r in ((a, row), (b, other))))
@@ -72,7 +81,7 @@ def assert_same_row(a: Prefill, row: int, b: Prefill, other: int, tolerance: flo
 
 
 @pytest.mark.parametrize("tails", [0, TAILS], ids=["no tail", "a tail for each row"])
-@all_methods
+@in_the_oracle
 def test_prefill_of_a_ragged_batch_agrees_with_the_oracle(method: Method, tails: tuple[int, ...] | int):
     ours = ragged(method, tails)
     for row, (prompt, tail) in enumerate(zip(PROMPTS, np.broadcast_to(tails, len(PROMPTS)), strict=True)):
@@ -90,7 +99,7 @@ def test_prefill_of_a_ragged_batch_agrees_with_the_oracle(method: Method, tails:
             np.testing.assert_array_equal(filled(ours.propagated[row][None])[0], theirs.propagated)
 
 
-@all_methods
+@in_the_oracle
 def test_greedy_tokens_agree_with_the_oracle(method: Method):
     for row, prompt in enumerate(PROMPTS):
         tokens, _ = oracle_generate(*oracle_model(), prompt, NEW, method=oracle_settings(method))
@@ -126,27 +135,31 @@ def test_what_stands_in_the_padding_changes_nothing(method: Method):
         assert_same_row(dirty, row, ragged(method), row, tolerance=0)
 
 
+def compilations() -> int:
+    return sum(program._cache_size() for program in (stages.run_jit, stages.run_layers, stages.propagate, stages.leave))
+
+
 @all_methods
 def test_all_lengths_of_a_bucket_share_one_compilation(method: Method):
     def read(prompt: np.ndarray) -> None:
         fk.prefill(model_a(), *fk.pad_batch([prompt], BUCKET), method=method, max_new_tokens=NEW)
 
     read(PROMPTS[-1])
-    before = inference._prefill_jit._cache_size()
+    before = compilations()
     for prompt in PROMPTS:
         read(prompt)
-    assert inference._prefill_jit._cache_size() == before
+    assert compilations() == before
 
 
 def test_all_tails_up_to_64_tokens_share_one_compilation():
     ragged(FASTKV, TAILS)
-    before = inference._prefill_jit._cache_size()
+    before = compilations()
     for tail in (1, 9, 33, 64):
         ragged(FASTKV, (0, 0, 0, tail, 5, tail))
-    assert inference._prefill_jit._cache_size() == before
+    assert compilations() == before
 
 
-@one_of_each
+@that_can_be_traced
 def test_prefill_under_an_outer_jit_is_the_same(method: Method):
     @jax.jit
     def outer(model, tokens, start):
@@ -157,7 +170,7 @@ def test_prefill_under_an_outer_jit_is_the_same(method: Method):
         assert_same_row(traced, row, ragged(method), row)
 
 
-@all_methods
+@one_of_each
 def test_prefill_that_reports_progress_is_the_same(method: Method):
     done: list[int] = []
     reported = fk.prefill(model_a(), *batch(), method=method, max_new_tokens=NEW, progress=done.append)
@@ -177,10 +190,42 @@ def test_a_mesh_of_two_devices_changes_nothing(method: Method):
     np.testing.assert_array_equal(made.tokens, greedy(method))
 
 
-def test_a_full_budget_equals_full_context_bit_for_bit():
-    everything = fk.FastKV(tsp_layer=1, tsp_rate=1.0, retention_rate=1.0)
-    np.testing.assert_array_equal(ragged(everything).logits, ragged(fk.FullKV()).logits)
-    np.testing.assert_array_equal(greedy(everything), greedy(fk.FullKV()))
+def test_a_method_that_decides_on_the_host_cannot_be_traced():
+    with pytest.raises(fk.InputError, match="ASL decides on the host: it cannot run inside another jit"):
+        method = EXAMPLES["asl"][0]
+        jax.eval_shape(
+            lambda tokens: fk.prefill(model_a(), tokens, method=method, max_new_tokens=1), jnp.zeros((1, 16), jnp.int32)
+        )
+
+
+def test_what_is_compiled_ahead_is_what_runs():
+    """Also of a method that decides on the host, whatever it decides."""
+    for method in (EXAMPLES["asl"][0], FASTKV):
+        tokens, start = fk.pad_batch(PROMPTS[-1:], 320)
+        compile_prefill(model_a(), tokens, start, method=method, max_new_tokens=NEW, progress=True)
+        before = compilations()
+        fk.prefill(model_a(), tokens, start, method=method, max_new_tokens=NEW, progress=lambda _: None)
+        assert compilations() == before
+
+
+FULL_BUDGET = {
+    "fastkv": fk.FastKV(tsp_layer=1, tsp_rate=1.0, retention_rate=1.0),
+    "several tsp layers": fk.FastKV(tsp_layers=(0, 1, 2), tsp_rate=1.0, compression=fk.TOVA(retention_rate=1.0)),
+    "gemfilter": fk.GemFilter(filter_layer=1, retention_rate=1.0),
+    "pyramidinfer": fk.PyramidInfer(decay_ratio=1.0),
+    "claa": fk.CLAA(tsp_layer=2, retention_rate=1.0),
+    "asl": fk.ASL(tsp_rate=1.0, min_layer=1, score_layers=2),
+} | {
+    name: kind(retention_rate=1.0)
+    for name, kind in fk.METHODS.items()
+    if name not in ("full", "fastkv", "gemfilter", "pyramidinfer", "claa", "asl")
+}
+
+
+@pytest.mark.parametrize("method", FULL_BUDGET.values(), ids=list(FULL_BUDGET))
+def test_a_full_budget_equals_full_context_bit_for_bit(method: Method):
+    np.testing.assert_array_equal(ragged(method).logits, ragged(fk.FullKV()).logits)
+    np.testing.assert_array_equal(greedy(method), greedy(fk.FullKV()))
 
 
 def test_a_prompt_below_its_budget_equals_full_context():
@@ -217,7 +262,7 @@ def test_bfloat16_runs_and_is_near(method: Method):
 # ------------------------------------------------------------------------------------------------------------- decoding
 
 
-@all_methods
+@one_of_each
 def test_generate_equals_repeated_decode_steps(method: Method):
     prompt = fk.prefill(model_a(), *batch(), method=method, max_new_tokens=NEW)
     logits, cache, tokens = prompt.logits, prompt.cache, []
@@ -226,6 +271,7 @@ def test_generate_equals_repeated_decode_steps(method: Method):
         logits, cache = fk.decode_step(model_a(), tokens[-1], cache)
     np.testing.assert_array_equal(greedy(method), np.stack(tokens, axis=1))
     np.testing.assert_array_equal(cache.position, np.array(LENGTHS) + NEW)
+    np.testing.assert_array_equal(cache.filled, NEW)
     assert int(cache.used) == NEW
 
 

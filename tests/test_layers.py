@@ -16,15 +16,18 @@ FILES = {
     for file in sorted((ROOT / package).rglob("*.py"))
 }
 GROUPS = ("checkpoint", "cli", "methods")  # packages inside fastkv_jax; all other modules stand for themselves
-LEVEL_1 = {"errors", "config", "rope", "cache", "select", "buckets", "attention", "sharding", "inputs"}
-MIDDLE = LEVEL_1 | {"methods", "model", "sampling", "kernels_pallas"}
+LEVEL_1 = {"errors", "config", "rope", "select", "buckets", "attention", "sharding", "inputs"}
+MIDDLE = LEVEL_1 | {"cache", "methods", "model", "sampling", "kernels_pallas"}
 MAY_IMPORT = {
     **dict.fromkeys(LEVEL_1, {"errors", "config", "buckets", "kernels_pallas"}),
     "kernels_pallas": {"kernels_pallas"},
-    "methods": LEVEL_1 - {"cache"} | {"methods", "kernels_pallas"},
+    "cache": {"errors", "select"},
+    "methods": LEVEL_1 | {"methods", "kernels_pallas"},
     "model": {"config", "rope"},
     "sampling": {"errors"},
-    "inference": MIDDLE,
+    "stages": MIDDLE,
+    "adaptive": MIDDLE | {"stages"},
+    "inference": MIDDLE | {"stages", "adaptive"},
     "generation": MIDDLE | {"inference"},
     "presets": MIDDLE | {"inference"},
     "checkpoint": MIDDLE | {"inference", "checkpoint"},

@@ -8,7 +8,7 @@ import yaml
 from fastkv_jax import presets
 from fastkv_jax.checkpoint import known_models
 from fastkv_jax.errors import FastKVConfigError
-from fastkv_jax.methods import METHODS, FastKV, FullKV
+from fastkv_jax.methods import METHODS, FastKV, FullKV, GemFilter, KeyDiff, StreamingLLM
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*/*.yaml"))
 PAPER_LAYERS = {"llama-3.1-8b-instruct": (32, 15), "ministral-8b-instruct": (36, 17),
@@ -76,16 +76,34 @@ def test_an_unknown_preset_is_named_with_those_there_are(name):
 @pytest.mark.parametrize(("name", "partner"), presets.PARTNERS.items())
 def test_a_setting_replaces_its_partner(name, partner):
     values = {"tsp_rate": 0.5, "tsp_length": 64, "retention_rate": 0.15, "capacity": 32}
-    built = presets.build("fastkv", preset(tsp_layer=1, **{partner: values[partner]}), {name: values[name]}, 4)
+    values |= {"tsp_layer": 2, "tsp_layers": (0, 1)}
+    settings = {"tsp_layer": 1} | {partner: values[partner]}
+    settings = {key: value for key, value in settings.items() if key == partner or presets.PARTNERS[key] != partner}
+    built = presets.build("fastkv", preset(**settings), {name: values[name]}, 4)
     assert getattr(built, name) == values[name] and getattr(built, partner) is None
     with pytest.raises(FastKVConfigError, match="exclude each other; give one") as error:
-        presets.build("fastkv", preset(tsp_layer=1), {name: values[name], partner: values[partner]}, 4)
+        presets.build("fastkv", preset(), {name: values[name], partner: values[partner]}, 4)
     for field in (name, partner):
         assert f"--{field.replace('_', '-')} {values[field]}" in str(error.value)
 
 
 def test_partners_are_mutual():
     assert all(presets.PARTNERS[partner] == name for name, partner in presets.PARTNERS.items())
+
+
+def test_another_method_may_keep_the_entries_or_choose_the_tokens():
+    given = {"compression": "keydiff", "capacity": 64, "selection": "gemfilter", "tsp_layer": 2}
+    built = presets.build("fastkv", preset(retention_rate=0.5, window_size=5), given, 6)
+    assert built == FastKV(
+        tsp_layer=2,
+        window_size=5,
+        compression=KeyDiff(capacity=64, window_size=5),
+        selection=GemFilter(filter_layer=2, capacity=64, window_size=5),
+    )
+    with pytest.raises(FastKVConfigError, match="--sinks 3 is not a setting of method 'fastkv'"):
+        presets.build("fastkv", preset(), {"compression": "keydiff", "sinks": 3, "tsp_layer": 1}, 6)
+    kept = presets.build("fastkv", preset(), {"compression": "streamingllm", "sinks": 3, "tsp_layer": 1}, 6)
+    assert kept.compression == StreamingLLM(sinks=3)
 
 
 def test_a_setting_the_method_does_not_have():

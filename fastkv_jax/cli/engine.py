@@ -15,7 +15,7 @@ from fastkv_jax.config import LlamaConfig
 from fastkv_jax.errors import InputError
 from fastkv_jax.inputs import check_lengths
 from fastkv_jax.methods import Method
-from fastkv_jax.methods.base import Kept, effective_budgets
+from fastkv_jax.methods.plan import Kept, effective_budgets
 from fastkv_jax.model import Llama
 from fastkv_jax.sampling import Sampler
 

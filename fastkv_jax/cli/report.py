@@ -15,8 +15,10 @@ import fastkv_jax
 from fastkv_jax.buckets import TILE, bucket_for
 from fastkv_jax.cli.engine import LONG_PROMPT, Answer, Encoded
 from fastkv_jax.config import LlamaConfig
-from fastkv_jax.methods import Method
-from fastkv_jax.methods.base import Kept, effective_budgets, static_plan
+from fastkv_jax.methods import FullKV, Method
+from fastkv_jax.methods.plan import Kept, effective_budgets, static_plan
+
+MOST_RUNS = 4  # runs of layers named in one line
 
 
 class AnswerWriter:
@@ -138,8 +140,8 @@ def describe_budgets(kept: Sequence[Kept], n: int, method: Method, name: str) ->
     """
     floor = getattr(method, "min_prompt_to_compress", 0)
     if all(run.kept == n for run in kept):
-        reason = "method full" if not method.window_size else "no compression: prompt ≤ budget"
-        if method.window_size and n < floor:
+        reason = "method full" if isinstance(method, FullKV) else "no compression: prompt ≤ budget"
+        if n < floor:
             reason = f"no compression: prompt < {floor:,}, min_prompt_to_compress"
         return f"kept {n:,}/{n:,} ({reason})"
     runs = []
@@ -147,9 +149,11 @@ def describe_budgets(kept: Sequence[Kept], n: int, method: Method, name: str) ->
         layers = f"layers {run.first}–{run.last}: {run.kept:,}"
         if run.tokens == n:
             runs.append(f"{layers} kept of {n:,} ({run.kept / n:.0%})".replace("%", " %"))
+        elif run.first == 0:
+            runs.append(f"{layers} of the {run.tokens:,} read again")
         else:
             runs.append(f"{layers} of {run.tokens:,} after TSP at layer {run.first - 1}")
-    return "   ".join(runs)
+    return "   ".join(runs if len(runs) <= MOST_RUNS else [*runs[: MOST_RUNS - 1], "…", runs[-1]])
 
 
 def as_json(answer: Answer, effective: dict[str, Any]) -> dict[str, Any]:
@@ -186,6 +190,11 @@ def weight_count(config: LlamaConfig) -> int:
 
 def cache_bytes(config: LlamaConfig, method: Method, bucket: int, new: int, size: int) -> int:
     """Bytes of keys and values of one prompt in this bucket, room for the answer included."""
-    stages = static_plan(method, config.num_layers, bucket, 0, TILE)
-    slots = sum((stage.stop - stage.first) * (stage.capacity + new) for stage in stages)
-    return 2 * slots * config.num_kv_heads * config.head_dim * size
+    c = config
+    stages = static_plan(method, c.num_layers, c.num_kv_heads, bucket, 0, TILE)
+    last_pass = stages[max(i for i, stage in enumerate(stages) if stage.first == 0) :]
+    heads = [1 if stage.shared else c.num_kv_heads for stage in last_pass]
+    slots = sum(
+        (s.stop - s.first) * (s.capacity * n + c.num_kv_heads * new) for s, n in zip(last_pass, heads, strict=True)
+    )
+    return 2 * slots * c.head_dim * size

@@ -16,7 +16,7 @@ from fastkv_jax.methods.tsp import Rates
 class ASL(WindowCompression):
     """FastKV that propagates after the first layer whose ranking of the tokens agrees with the layers before it.
 
-    Agreement: the variance, over the last `layers` layers, of the ranks of all tokens that are best in one of them,
+    Agreement: the variance of ranks over the last `score_layers` layers, for all tokens that are best in one of them,
     divided by its value at `min_layer` (None: a third of the model), is below `threshold`. If that never happens,
     nothing is dropped. The budget of the cache is that of the tokens unless given.
 
@@ -28,7 +28,7 @@ class ASL(WindowCompression):
     tsp_rate: Rates = None
     tsp_length: int | None = None
     min_layer: int | None = None
-    layers: int = 8
+    score_layers: int = 8
     threshold: float = 0.3
 
     def __post_init__(self):
@@ -38,7 +38,7 @@ class ASL(WindowCompression):
             object.__setattr__(self, "retention_rate", self.tsp_rate)
             object.__setattr__(self, "capacity", self.tsp_length)
         super().__post_init__()
-        check_int("layers", self.layers, 2)
+        check_int("score_layers", self.score_layers, 2)
         check_int("min_layer", 0 if self.min_layer is None else self.min_layer, 0)
         check_rate("threshold", self.threshold)
         self.at(0)
@@ -46,7 +46,7 @@ class ASL(WindowCompression):
     @property
     def memory(self) -> int:
         """The ranks of so many layers are compared."""
-        return self.layers
+        return self.score_layers
 
     def check(self, num_layers: int) -> None:
         """There must be a layer to decide after, and one to propagate to."""

@@ -45,11 +45,11 @@ class Layer(NamedTuple):
     wo: Float[Array, "E H*D"]  # the layer's output projection
 
     def protect(self, scores: Float[Array, "B *N S"]) -> Float[Array, "B *N S"]:
-        """+inf for the window and what follows it, -inf for padding."""
+        """+inf for the window and what follows it, -inf for padding; a method's own +inf comes next to the window."""
         shape = (-1,) + (1,) * (scores.ndim - 1)
         columns = jnp.arange(scores.shape[-1])
         first = jnp.where(self.window > 0, self.stop - self.window, scores.shape[-1]).reshape(shape)
-        scores = jnp.where(columns >= first, jnp.inf, scores)
+        scores = jnp.where(columns >= first, jnp.inf, jnp.minimum(scores, jnp.finfo(jnp.float32).max))
         return jnp.where(columns >= self.start.reshape(shape), scores, -jnp.inf)
 
     def last_queries(self, count: int) -> Float[Array, "B H W D"]:
@@ -59,7 +59,7 @@ class Layer(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Importance of every row, float32: higher stays; +inf always stays.
+    """Importance of every row, float32: higher stays; +inf stays if the window leaves room.
 
     Padding and the window need no care: `prefill` masks the one and protects the other.
     """

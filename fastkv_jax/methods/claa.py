@@ -12,7 +12,7 @@ from fastkv_jax.methods.fastkv import FastKV
 
 @dataclass(frozen=True, kw_only=True)
 class CLAA(FastKV):
-    """FastKV whose TSP scores are the maximum over the last `layers` layers, and whose first layers keep everything.
+    """FastKV whose TSP scores are the maximum over `score_layers` layers, and whose first layers keep everything.
 
     The same share of tokens goes on and of entries stays, unless `tsp_rate` or `tsp_length` says otherwise.
 
@@ -21,7 +21,7 @@ class CLAA(FastKV):
     """
 
     pooling: Literal["max", "avg"] = "avg"
-    layers: int = 4
+    score_layers: int = 4
     full_layers: int = 4
 
     def __post_init__(self):
@@ -30,13 +30,13 @@ class CLAA(FastKV):
             object.__setattr__(self, "tsp_rate", rate)
             object.__setattr__(self, "tsp_length", self.capacity)
         super().__post_init__()
-        check_int("layers", self.layers, 1)
+        check_int("score_layers", self.score_layers, 1)
         check_int("full_layers", self.full_layers, 0)
 
     @property
     def memory(self) -> int:
         """The maximum of so many layers decides."""
-        return self.layers
+        return self.score_layers
 
     def plan(self, n: np.ndarray, num_layers: int) -> tuple[Segment, ...]:
         """FastKV's plan; layers below `full_layers` keep all that enters them."""

@@ -70,21 +70,24 @@ class FastKV(WindowCompression):
             check_layer("tsp_layer", layer, num_layers, num_layers - (1 if self.published else 2))
         for part in (self.compression, self.selection):
             _ = part and part.check(num_layers)
+        many = np.array([1 << 20])
+        if self.compression and any(run.tokens < many for run in self.compression.plan(many, num_layers)):
+            raise FastKVConfigError(f"{type(self.compression).__name__} drops tokens itself; it is no compression")
 
     def plan(self, n: np.ndarray, num_layers: int) -> tuple[Segment, ...]:
         """Section 4, algorithm 1: runs of layers with fewer and fewer rows, the budgets of the cache decoupled."""
         whole = n < max(self.min_prompt_to_compress, (self.published and self.capacity) or 0)
-        first, runs, rows, kept = 0, [], n, n if self.compression else np.where(whole, n, self.budget(n))
+        window, inner = self.window(n), self.compression and self.compression.plan(n, num_layers)
+        kept = n if inner else np.where(whole, n, self.budget(n))
+        runs, first, rows = [], 0, n
         for layer, budget in (*self.boundaries, (num_layers - 1, None)):
-            inner = self.compression.plan(n, num_layers) if self.compression else [Segment(0, num_layers, n, kept)]
-            runs += compose([(first, layer + 1, rows)], inner, num_layers)
-            if budget is None:
-                return tuple(runs)
-            first, rows = layer + 1, np.where(whole, n, at_least(self.window(n), budget.of(n), rows))
-            if budget.rate is not None and self.retention_rate is not None:  # truncated twice, as published
-                kept = np.floor(rows * (self.retention_rate / budget.rate)).astype(np.int64)
-                kept = np.where(whole, n, at_least(self.window_size, kept, rows))
-        raise AssertionError("unreachable")
+            runs += compose(first, layer + 1, rows, inner or [Segment(0, num_layers, n, kept)], window)
+            if budget is not None:
+                first, rows = layer + 1, np.where(whole, n, at_least(window, budget.of(n), rows))
+                if budget.rate is not None and self.retention_rate is not None:  # truncated twice, as published
+                    kept = np.floor(rows * (self.retention_rate / budget.rate)).astype(np.int64)
+                    kept = np.where(whole, n, kept)
+        return tuple(runs)
 
     def scores(self, layer: Layer) -> Scores:
         """Equations 1 and 2: per KV head for the cache, summed over the heads for propagation."""

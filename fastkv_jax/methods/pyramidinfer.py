@@ -13,7 +13,7 @@ from fastkv_jax.methods.budgets import check_int, check_rate
 
 @dataclass(frozen=True, kw_only=True)
 class PyramidInfer:
-    """After every layer but the first the tokens before the recent ones are cut again, by a share that falls with depth.
+    """After every layer but the first, the tokens before the recent ones are cut by a share that falls with depth.
 
     The share falls from 1 to `decay_ratio` along half a cosine. The last `recent_ratio` of the prompt judges, later
     queries up to `distance_weight` times as much as earlier ones, and always stays, as do the first `sinks`. A cut to

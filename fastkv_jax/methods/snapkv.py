@@ -21,6 +21,4 @@ class SnapKV(WindowCompression):
         """Per KV head, or per query head as published."""
         k = per_query_head(layer.k, layer) if self.published else layer.k
         queries = layer.last_queries(self.window_size)
-        return window_scores(
-            queries, k, layer.start, layer.stop, kernel_size=self.kernel_size, pooling=self.pooling
-        )
+        return window_scores(queries, k, layer.start, layer.stop, kernel_size=self.kernel_size, pooling=self.pooling)

@@ -18,7 +18,5 @@ class TOVA(Compression):
 
     def importance(self, layer: Layer):
         """The same row of scores for every head."""
-        last = window_scores(
-            layer.last_queries(1), layer.k, layer.start, layer.stop, kernel_size=1, pooling="max"
-        )
+        last = window_scores(layer.last_queries(1), layer.k, layer.start, layer.stop, kernel_size=1, pooling="max")
         return jnp.broadcast_to(last.mean(axis=1, keepdims=True), last.shape)

@@ -7,7 +7,7 @@ import numpy as np
 
 from fastkv_jax.errors import FastKVConfigError
 from fastkv_jax.methods.base import Segment
-from fastkv_jax.methods.budgets import Budget, check_int, check_pair
+from fastkv_jax.methods.budgets import Budget, at_least, check_int, check_pair
 
 Rates = float | tuple[float, ...] | None
 Counts = int | tuple[int, ...] | None
@@ -56,12 +56,13 @@ def _falling(name, given, count, spread):
     return list(given)
 
 
-def compose(rows: Sequence[tuple[int, int, np.ndarray]], inner: Sequence[Segment], num_layers: int) -> list[Segment]:
-    """Runs of layers (first, stop, rows that enter), each cut where the budgets of the compression change."""
+def compose(
+    begin: int, end: int, tokens: np.ndarray, compression: Sequence[Segment], window: np.ndarray
+) -> list[Segment]:
+    """The layers [begin, end) that `tokens` rows enter, cut where the budgets of the compression change."""
     return [
-        segment._replace(first=first, stop=stop, tokens=tokens, kept=np.minimum(tokens, segment.kept))
-        for begin, end, tokens in rows
-        for segment in inner
+        segment._replace(first=first, stop=stop, tokens=tokens, kept=at_least(window, segment.kept, tokens))
+        for segment in compression
         for first, stop in [(max(begin, segment.first), min(end, segment.stop))]
-        if first < stop or first == stop == num_layers  # the published code may propagate after the last layer
+        if first < stop or begin == end == segment.stop  # the published code may propagate after the last layer
     ]

@@ -17,9 +17,10 @@ def options(*words):
     return generate.parser().parse([str(word) for word in words])
 
 
-def test_every_field_but_the_protocol_switch_is_a_setting():
+def test_every_field_but_those_for_python_is_a_setting():
     for method, kind in METHODS.items():
-        assert set(presets.settings_of(method)) == {field.name for field in dataclasses.fields(kind)} - {"published"}
+        fields = {field.name for field in dataclasses.fields(kind)}
+        assert set(presets.settings_of(method)) == fields - {"published", "base"}
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -37,9 +38,13 @@ def test_no_help_text_is_left_over():
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_flag_gives_the_type_of_its_field(name):
-    (field,) = [field for field in dataclasses.fields(METHODS["fastkv"]) if field.name == name]
+    field = next(f for kind in METHODS.values() for f in dataclasses.fields(kind) if f.name == name)
     allowed = typing.get_args(field.type)
-    if typing.get_origin(field.type) is typing.Literal:
+    if name in presets.PARTS:
+        given, wanted = "keydiff", "keydiff"
+    elif name == "tsp_layers":
+        given, wanted = "1,2", (1, 2)
+    elif typing.get_origin(field.type) is typing.Literal:
         given, wanted = allowed[-1], allowed[-1]
     elif field.type is int or int in allowed:
         given, wanted = "9", 9
@@ -48,6 +53,15 @@ def test_a_flag_gives_the_type_of_its_field(name):
     for flag in (f"--{name}", f"--{name.replace('_', '-')}"):
         found = getattr(options(flag, given), name)
         assert found == wanted and type(found) is type(wanted)
+
+
+def test_several_tsp_layers_and_their_rates():
+    given = options("--tsp-layers", "10,15,20", "--tsp-rate", "0.5,0.3,0.2")
+    _, method = settings.method(given, "smollm2-135m", 30)
+    assert method.tsp_layers == (10, 15, 20) and method.tsp_rate == (0.5, 0.3, 0.2) and method.tsp_layer is None
+    assert options("--tsp-layers", "10").tsp_layers == (10,)
+    with pytest.raises(SystemExit):
+        options("--tsp-layers", "10,x")
 
 
 def test_all_flags_of_the_command_have_help():

@@ -116,7 +116,7 @@ def test_budgets_known_by_hand():
         ({"retention_rate": 0.2, "capacity": 50}, "give one of retention_rate and capacity; .* are both set"),
         ({"tsp_length": 50.0}, "tsp_length must be an integer >= 1, got 50.0"),
         ({"capacity": 0}, "capacity must be an integer >= 1, got 0"),
-        ({"min_prompt_to_compress": -1}, "min_prompt_to_compress must be >= 0, got -1"),
+        ({"min_prompt_to_compress": -1}, "min_prompt_to_compress must be an integer >= 0, got -1"),
     ],
     ids=str,
 )
