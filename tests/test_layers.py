@@ -15,7 +15,7 @@ FILES = {
     for package in ("fastkv_jax", "kernels_pallas")
     for file in sorted((ROOT / package).rglob("*.py"))
 }
-GROUPS = ("checkpoint", "cli", "methods")  # packages inside fastkv_jax; all other modules stand for themselves
+GROUPS = ("checkpoint", "cli", "evals", "methods")  # packages inside fastkv_jax; all other modules stand for themselves
 LEVEL_1 = {"errors", "config", "rope", "select", "buckets", "attention", "sharding", "inputs"}
 MIDDLE = LEVEL_1 | {"cache", "methods", "model", "sampling", "kernels_pallas"}
 MAY_IMPORT = {
@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "stream": MIDDLE | {"inference", "generation", "checkpoint", "text"},
     "explain": MIDDLE | {"inference", "checkpoint", "text"},
 }
-PUBLIC = {"fastkv_jax", "cli", "__main__"}  # may import everything below; "fastkv_jax" is its __init__
+PUBLIC = {"fastkv_jax", "cli", "evals", "__main__"}  # may import everything below; "fastkv_jax" is its __init__
 
 
 def nodes(name):

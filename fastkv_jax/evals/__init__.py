@@ -1,0 +1,1 @@
+"""What is asked of a model with a long prompt, and how answers are scored."""
