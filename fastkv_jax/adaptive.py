@@ -63,7 +63,7 @@ def run_adaptive(
     batch = prompt.tokens.shape[0]
     done = []
     for b in range(batch):
-        one = Prompt(*(field[b : b + 1] for field in prompt))
+        one = Prompt(prompt.tokens[b : b + 1], prompt.start[b : b + 1], prompt.window_end[b : b + 1])
         report_once = report if b == batch - 1 else None
         mine = None if past is None else past.row(b)
         done.append(_one_row(model, one, mine, static, call, report_once, disagreement or _disagreement))
@@ -126,20 +126,18 @@ def _joined(segments: list[SegmentKV]) -> SegmentKV:
         widths[3] = (slots - a.shape[3], 0)
         return a if a.shape[3] == slots else jnp.pad(a, widths, constant_values=fill)
 
-    parts = [(widen(s.k, 0), widen(s.v, 0), widen(s.positions, -1)) for s in segments]
-    return SegmentKV(*(jnp.concatenate(part) for part in zip(*parts, strict=True)), segments[0].sharing)
+    k, v = (jnp.concatenate([widen(getattr(s, name), 0) for s in segments]) for name in ("k", "v"))
+    return SegmentKV(k, v, jnp.concatenate([widen(s.positions, -1) for s in segments]), segments[0].sharing)
 
 
 def _stack(rows: list[Prefill]) -> Prefill:
     """Rows of one batch, each prefilled alone."""
     first = rows[0].cache
     segments = [row.cache.segments[0] for row in rows]
-    k, v, positions = (
-        jnp.concatenate([getattr(s, name) for s in segments], axis=1) for name in ("k", "v", "positions")
-    )
-    new = (jnp.concatenate([getattr(row.cache, name) for row in rows], axis=1) for name in ("k_new", "v_new"))
-    per_row = (jnp.concatenate([getattr(row.cache, name) for row in rows]) for name in ("filled", "position"))
-    cache = KVCache((SegmentKV(k, v, positions, segments[0].sharing),), *new, first.used, *per_row)
+    entries = jax.tree.map(lambda *rows: jnp.concatenate(rows, axis=1), *segments)
+    k_new, v_new = (jnp.concatenate([getattr(row.cache, name) for row in rows], axis=1) for name in ("k_new", "v_new"))
+    filled, position = (jnp.concatenate([getattr(row.cache, n) for row in rows]) for n in ("filled", "position"))
+    cache = KVCache((entries,), k_new, v_new, first.used, filled, position)
     found = [row.propagated for row in rows]
     propagated = None
     if any(p is not None for p in found):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from fastkv_jax.errors import InputError
@@ -124,8 +125,9 @@ class KVCache:
         """Entries of the layers [first, stop), which lie in one segment."""
         for segment, begin, end in zip(self.segments, self.edges, self.edges[1:], strict=False):
             if begin <= first and stop <= end:
+                mine = slice(first - begin, stop - begin)
                 whole = (first, stop) == (begin, end)
-                return segment if whole else jax.tree.map(lambda a: a[first - begin : stop - begin], segment)
+                return segment if whole else jax.tree.map(lambda a, mine=mine: a[mine], segment)
         raise IndexError(f"layers {first}..{stop - 1} are not in one of the runs {self.edges}")
 
     def layer(self, index: int) -> LayerKV:
@@ -139,12 +141,12 @@ class KVCache:
         """The cache of one row of the batch."""
         one = slice(index, index + 1)
         segments = jax.tree.map(lambda a: a[:, one], self.segments)
-        new = self.k_new[:, one], self.v_new[:, one]
-        return KVCache(segments, *new, self.used, self.filled[one], self.position[one])
+        k_new, v_new = self.k_new[:, one], self.v_new[:, one]
+        return KVCache(segments, k_new, v_new, self.used, self.filled[one], self.position[one])
 
     def folded(self) -> "KVCache":
         """Decoded tokens as prompt entries; the buffer is left without slots."""
-        if not isinstance(self.used, jax.core.Tracer) and not int(self.used):
+        if not isinstance(self.used, Tracer) and not int(self.used):
             return self
         return _fold(self)
 

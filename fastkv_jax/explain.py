@@ -5,7 +5,6 @@ import hashlib
 import importlib.resources
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from tokenizers.decoders import DecodeStream
 
 from fastkv_jax.errors import FastKVConfigError, InputError
+from fastkv_jax.files import check_target, replacing
 from fastkv_jax.inference import Prefill
 
 
@@ -73,23 +73,22 @@ class Explanation:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a picture (.png, needs matplotlib) or a page that needs nothing but a browser (.html).
 
-        The file is complete or absent; one that is there is replaced. Raises `FastKVConfigError` for another suffix, a
-        folder in its place or no folder to hold it, or if matplotlib is missing.
+        The file is complete or absent; one that is there is replaced. Raises as `check_path`, and `FastKVConfigError` if
+        matplotlib is missing.
         """
-        target = Path(path)
-        render = _RENDERERS.get(target.suffix.lower())
-        if render is None:
-            raise FastKVConfigError(f"cannot write {target}: its name must end in {' or '.join(_RENDERERS)}")
-        if target.is_dir():
-            raise FastKVConfigError(f"cannot write {target}: it is a folder")
-        if not target.absolute().parent.is_dir():
-            raise FastKVConfigError(f"cannot write {target}: there is no folder {target.parent}")
+        render = check_path(path)
         content = render(self)
-        # A folder beside the target, so that the file has the usual permissions and a failed write leaves nothing.
-        with tempfile.TemporaryDirectory(prefix=".explain", dir=target.absolute().parent) as scratch:
-            complete = Path(scratch, target.name)
-            complete.write_bytes(content)
-            os.replace(complete, target)
+        with replacing(path) as scratch:
+            scratch.write_bytes(content)
+
+
+def check_path(path: str | os.PathLike[str]) -> Callable[[Explanation], bytes]:
+    """What makes a file of this name, or `FastKVConfigError` for another suffix, `InputError` for a bad place."""
+    render = _RENDERERS.get(Path(path).suffix.lower())
+    if render is None:
+        raise FastKVConfigError(f"cannot write {path}: its name must end in {' or '.join(_RENDERERS)}")
+    check_target(path)
+    return render
 
 
 def explain(result: Prefill, tokens: Any, tokenizer: Any = None, *, row: int = 0, start: Any = None) -> Explanation:

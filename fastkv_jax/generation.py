@@ -4,7 +4,7 @@ prefill -> first token -> [decode, sample] x CHUNK -> tokens to the host -> [dec
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ class Generated:
 
     tokens: Int[Array, "B M"]
     lengths: Int[Array, " B"]
+    cache: KVCache  # prompt and answer, but for each answer's last token, which nobody has fed yet
 
 
 @struct.dataclass
@@ -94,16 +95,17 @@ def decode_chunks(
     sampler: Sampler = Greedy(),  # noqa: B008 - a frozen value
     stop_tokens: Sequence[int] | None = None,
     key: Key[Array, ""] | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Generator[tuple[np.ndarray, np.ndarray], None, KVCache]:
     """Tokens as they are made: (tokens [B, c] int32, done [B]), the first token alone, then up to CHUNK at a time.
 
+    The generator's own return value is the cache as it stands at the end.
     `prompt`'s cache is donated. Ends early when every row has met a stop token. Raises `InputError` if the cache has
     no room, `CheckpointError` at the first logits that are not finite.
     """
     if max_new_tokens > prompt.cache.max_new_tokens + 1:
         raise InputError(f"max_new_tokens={max_new_tokens} > {prompt.cache.max_new_tokens}, the room in the cache")
     if max_new_tokens < 1:
-        return
+        return prompt.cache
     stops, pad = _stops(model, stop_tokens), model.config.pad_token or 0
     loop = _first_token(prompt, _key(sampler, key), sampler=sampler, stop_tokens=stops)
     _check_finite(loop, 0)
@@ -117,6 +119,7 @@ def decode_chunks(
         count = int(loop.count) - made
         made += count
         yield np.asarray(chunk)[:count].T, np.asarray(loop.done)
+    return KVCache(prompt.cache.segments, *loop.new)
 
 
 def compile_decode(
@@ -158,26 +161,29 @@ def generate(
     sampler: Sampler = Greedy(),  # noqa: B008 - a frozen value
     stop_tokens: Sequence[int] | None = None,
     key: Key[Array, ""] | None = None,
+    cache: KVCache | None = None,
     window_end: Any = 0,
     platform: Platform | None = None,
 ) -> Generated:
     """Prefill, then decode until every row met a stop token or `max_new_tokens` are made; arguments as in `prefill`.
 
-    `stop_tokens` None means the checkpoint's own list, () none.
+    `stop_tokens` None means the checkpoint's own list, () none. For the next turn pass the result's `cache`, and begin
+    its tokens with the last token of this answer.
     """
-    prompt = prefill(
-        model, tokens, start, method=method, max_new_tokens=max_new_tokens, window_end=window_end, platform=platform
-    )
+    options: dict[str, Any] = {"method": method, "max_new_tokens": max_new_tokens, "window_end": window_end}
+    prompt = prefill(model, tokens, start, cache=cache, platform=platform, **options)
     batch = prompt.logits.shape[0]
     out = np.full((batch, max_new_tokens), model.config.pad_token or 0, np.int32)
     lengths, running, made = np.zeros(batch, np.int32), np.ones(batch, bool), 0
     stops = _stops(model, stop_tokens)
-    for chunk, done in decode_chunks(
-        model, prompt, max_new_tokens=max_new_tokens, sampler=sampler, stop_tokens=stops, key=key
-    ):
+    chunks = decode_chunks(model, prompt, max_new_tokens=max_new_tokens, sampler=sampler, stop_tokens=stops, key=key)
+    while True:
+        try:
+            chunk, done = next(chunks)
+        except StopIteration as end:
+            return Generated(jnp.asarray(out), jnp.asarray(lengths), end.value)
         out[:, made : made + chunk.shape[1]] = chunk
         ended = np.isin(chunk, stops).cumsum(axis=1)
         counted = chunk.shape[1] - (ended > 0).sum(axis=1) + ended.any(axis=1)
         lengths += np.where(running, counted, 0)
         running, made = ~done, made + chunk.shape[1]
-    return Generated(jnp.asarray(out), jnp.asarray(lengths))

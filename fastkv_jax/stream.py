@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from fastkv_jax.attention import Platform
+from fastkv_jax.cache import KVCache
 from fastkv_jax.errors import InputError
 from fastkv_jax.generation import decode_chunks
 from fastkv_jax.inference import prefill
@@ -26,6 +27,7 @@ def stream(
     sampler: Sampler = Greedy(),  # noqa: B008 - a frozen value
     stop_tokens: Sequence[int] | None = None,
     key: Key[Array, ""] | None = None,
+    cache: KVCache | None = None,
     window_end: Any = 0,
     platform: Platform | None = None,
     tokenizer: Any = None,
@@ -35,9 +37,8 @@ def stream(
     Text pieces never end inside a character and leave special tokens out; chunks hold stop tokens and padding.
     Raises `InputError` for a batch of several prompts with a tokenizer.
     """
-    prompt = prefill(
-        model, tokens, start, method=method, max_new_tokens=max_new_tokens, window_end=window_end, platform=platform
-    )
+    options: dict[str, Any] = {"method": method, "max_new_tokens": max_new_tokens, "window_end": window_end}
+    prompt = prefill(model, tokens, start, cache=cache, platform=platform, **options)
     chunks = decode_chunks(
         model, prompt, max_new_tokens=max_new_tokens, sampler=sampler, stop_tokens=stop_tokens, key=key
     )

@@ -61,7 +61,8 @@ def static_plan(method: Method, num_layers: int, kv_heads: int, columns: int, ta
         if stages and not propagates and stages[-1]._shape == stage._shape:
             last = stages.pop()
             tables = [np.repeat(one.kept, (one.stop - one.first) // len(one.kept), axis=0) for one in (last, stage)]
-            stage = last._replace(stop=stage.stop, kept=np.concatenate(tables))
+            same = np.array_equal(last.kept, stage.kept)
+            stage = last._replace(stop=stage.stop, kept=last.kept if same else np.concatenate(tables))
         stages.append(stage)
     return stages
 
