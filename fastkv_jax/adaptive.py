@@ -80,24 +80,27 @@ def _one_row(model: Llama, prompt: Prompt, past, static: Static, call, report, d
     budgets = call(enter_budgets, model, prompt, static=static)
     at = call(enter, model, prompt, past, static=static)
     kept = call(budget, before.kept, budgets, budgets.n)
-    shape, segments, propagated, first_value = shape_of(before), [], None, None
+    shape, segments, chosen, first_value = shape_of(before), [], False, None
     first = method.first_layer(layers)
     for group in [np.arange(first + 1), *(np.array([i]) for i in range(first + 1, layers))]:
         entries = None if past is None else _past_of(past, group)
-        at, new = call(run_layers, model, at, kept, group, entries, stage=shape, static=static)
+        mine = kept if len(kept) == 1 else kept[group]
+        at, new = call(run_layers, model, at, mine, group, entries, stage=shape, static=static)
         segments.append(new)
         if report is not None:
             jax.block_until_ready(at.x)
             report(len(group))
         layer = int(group[-1])
-        if after is not None and propagated is None and layer < layers - 1:
+        if after is not None and not chosen and layer < layers - 1:
             value = disagreement(method, at, layer, after.tokens)
             first_value = value if first_value is None else first_value
             if value < method.threshold * first_value:
                 rows_in = call(budget, after.tokens, budgets, budgets.n)
                 shape = shape_of(after)
                 at = call(propagate, model, prompt, at, rows_in, stage=shape, static=static)
-                kept, propagated = call(budget, after.kept, budgets, rows_in), at.rows.positions
+                kept, chosen = call(budget, after.kept, budgets, rows_in), True
+    propagated = at.rows.positions  # all of them if no layer was chosen, in as many columns
+    propagated = jnp.pad(propagated, ((0, 0), (before.width - propagated.shape[1], 0)), constant_values=-1)
     return call(leave, model, at.x, (_joined(segments),), past, budgets.n, propagated, static=static)
 
 
@@ -138,17 +141,5 @@ def _stack(rows: list[Prefill]) -> Prefill:
     k_new, v_new = (jnp.concatenate([getattr(row.cache, name) for row in rows], axis=1) for name in ("k_new", "v_new"))
     filled, position = (jnp.concatenate([getattr(row.cache, n) for row in rows]) for n in ("filled", "position"))
     cache = KVCache((entries,), k_new, v_new, first.used, filled, position)
-    found = [row.propagated for row in rows]
-    propagated = None
-    if any(p is not None for p in found):
-        columns = max(p.shape[1] for p in found if p is not None)
-        everything = [_all_positions(row) if p is None else p for row, p in zip(rows, found, strict=True)]
-        columns = max([columns, *(p.shape[1] for p in everything)])
-        propagated = jnp.concatenate(
-            [jnp.pad(p, ((0, 0), (columns - p.shape[1], 0)), constant_values=-1) for p in everything]
-        )
-    return Prefill(jnp.concatenate([row.logits for row in rows]), cache, propagated)
-
-
-def _all_positions(row: Prefill):
-    return jnp.arange(int(row.cache.position[0]), dtype=jnp.int32)[None]
+    logits, propagated = (jnp.concatenate([getattr(row, name) for row in rows]) for name in ("logits", "propagated"))
+    return Prefill(logits, cache, propagated)

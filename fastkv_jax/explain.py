@@ -73,8 +73,8 @@ class Explanation:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a picture (.png, needs matplotlib) or a page that needs nothing but a browser (.html).
 
-        The file is complete or absent; one that is there is replaced. Raises as `check_path`, and `FastKVConfigError` if
-        matplotlib is missing.
+        The file is complete or absent; one that is there is replaced. Raises as `check_path`, and `FastKVConfigError`
+        if matplotlib is missing.
         """
         render = check_path(path)
         content = render(self)

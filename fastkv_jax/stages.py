@@ -223,7 +223,7 @@ def run_layers(
             seen = Layer(q, k, v, *rows, kept=kept, frequencies=frequencies, wo=block.wo[...])
             scores = static.method.scores(seen)
             token_scores = jnp.concatenate([token_scores[1:], seen.protect(scores.tokens)[None]])
-            entries = None if stage.capacity == 0 else _keep(seen, seen.protect(scores.kv), stage)
+            entries = None if stage.capacity == 0 else keep(seen, seen.protect(scores.kv), stage)
         if past is not None and entries is not None:
             entries = past.extended(entries, c.num_kv_heads)
         return (x, token_scores), entries
@@ -232,7 +232,7 @@ def run_layers(
     return Progress(x, rows, token_scores), entries
 
 
-def _keep(layer: Layer, scores, stage: Shape) -> SegmentKV:
+def keep(layer: Layer, scores, stage: Shape) -> SegmentKV:
     """The best entries of each cache head, or of all heads together; all if the capacity is None."""
     heads, tokens = scores.shape[1:]
     k, v = (jnp.repeat(a, heads // a.shape[1], axis=1) for a in (layer.k, layer.v))  # per query head where published

@@ -28,6 +28,7 @@ from fastkv_jax.errors import FastKVConfigError, InputError
 from fastkv_jax.explain import check_path, explain
 from fastkv_jax.files import check_target
 from fastkv_jax.methods import FullKV
+from fastkv_jax.methods.plan import layers_run
 
 
 def parser() -> common.Parser:
@@ -240,7 +241,7 @@ def _one(options, engine, job, say, effective: dict[str, Any]) -> int:
     """One answer, streamed to stdout."""
 
     def picture(result: Any, tokens: Any, start: Any) -> None:
-        if options.explain is not None:
+        if options.explain is not None and engine.cache is None:  # of what is read first
             explanation = explain(result, tokens, engine.tokenizer, start=start)
             explanation.save(options.explain)
             for line in explanation.summary().splitlines():
@@ -250,10 +251,9 @@ def _one(options, engine, job, say, effective: dict[str, Any]) -> int:
         engine, job = _read_and_save(options, engine, job, say, picture)
         if options.max_new_tokens == 0:
             return common.OK
-        picture = lambda *read: None  # noqa: E731 - it has been drawn
     out = report.AnswerWriter(sys.stdout, options.stream_interval, strip_controls=options.no_color)
     show = (lambda piece: None) if options.json else out.write
-    with _terminable(), say.progress(engine.model.config.num_layers, job) as progress:
+    with _terminable(), say.progress(layers_run(engine.method, engine.model.config.num_layers), job) as progress:
         answer = engine.answer(job, show, say.compiled, progress, picture)
     if options.json:
         out.write(json.dumps(report.as_json(answer, effective), ensure_ascii=False, allow_nan=False))

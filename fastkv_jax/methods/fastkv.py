@@ -8,7 +8,7 @@ from fastkv_jax.errors import FastKVConfigError
 from fastkv_jax.methods.base import Layer, Method, Scores, Segment
 from fastkv_jax.methods.budgets import at_least, check_layer
 from fastkv_jax.methods.compression import WindowCompression
-from fastkv_jax.methods.tsp import Boundary, Counts, Rates, boundaries, check_compression, check_rows, compose
+from fastkv_jax.methods.tsp import Boundary, Counts, Rates, boundaries, check_parts, check_rows, compose
 from kernels_pallas import window_scores
 
 
@@ -66,9 +66,7 @@ class FastKV(WindowCompression):
         """The TSP layers must exist, and something must come after them."""
         for layer, _ in self.boundaries:
             check_layer("tsp_layer", layer, num_layers, num_layers - (1 if self.published else 2))
-        for part in (self.compression, self.selection):
-            _ = part and part.check(num_layers)
-        check_compression(self.compression, num_layers)
+        check_parts(self.compression, self.selection, num_layers)
 
     def plan(self, n: np.ndarray, num_layers: int) -> tuple[Segment, ...]:
         """Section 4, algorithm 1: runs of layers with fewer and fewer rows, the budgets of the cache decoupled."""

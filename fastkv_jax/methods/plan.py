@@ -82,6 +82,11 @@ def check_plan(segments: Iterable[Segment], num_layers: int) -> tuple[Segment, .
     return segments
 
 
+def layers_run(method: Method, num_layers: int) -> int:
+    """Layers that a prompt goes through, those of a pass that starts again included."""
+    return sum(segment.stop - segment.first for segment in method.plan(np.array([1]), num_layers))
+
+
 class Kept(NamedTuple):
     """What one prompt really gets in a run of layers, for people to read."""
 

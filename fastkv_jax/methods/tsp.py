@@ -77,8 +77,11 @@ def check_rows(
             )
 
 
-def check_compression(compression: Method | None, num_layers: int) -> None:
-    """A compression keeps entries of the rows it is given; it must not drop rows itself."""
+def check_parts(compression: Method | None, selection: Method | None, num_layers: int) -> None:
+    """Both must fit the model. A compression keeps entries of the rows it is given; it must not drop rows itself."""
+    for part in (compression, selection):
+        if part is not None:
+            part.check(num_layers)
     many = np.array([1 << 20])
     if compression and any(run.tokens < many for run in compression.plan(many, num_layers)):
         raise FastKVConfigError(f"{type(compression).__name__} drops tokens itself; it is no compression")

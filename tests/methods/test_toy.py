@@ -106,9 +106,8 @@ def test_a_method_is_a_short_file(path: Path):
 def test_no_other_file_names_a_method():
     """The registry apart: methods build on each other, the house on none of them."""
     names = [kind.__name__ for kind in fk.METHODS.values()]
-    allowed = {"__init__.py", "report.py"}  # the public names; the words for "nothing was compressed"
     for path in FOLDER.parent.rglob("*.py"):
-        if path.parent == FOLDER or path.name in allowed:
-            continue
+        if FOLDER in path.parents or path.name == "__init__.py" or "evals" in path.parts:
+            continue  # the public names; evaluations compare methods by name
         used = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
-        assert not used & set(names), path
+        assert used & set(names) <= {"FullKV"}, path  # which reads a question after a cache
