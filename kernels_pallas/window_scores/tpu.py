@@ -185,10 +185,10 @@ def _kernel(
 def _pool(x, kernel_size: int, pooling: str):
     """Pooling centred on each lane; a box of 2^i is two boxes of 2^(i-1), so log2(kernel_size) turns. x >= 0."""
     join = jnp.maximum if pooling == "max" else jnp.add
-    box, done, pooled = x, 0, None
+    box, done, pooled = x, 0, jnp.zeros_like(x)
     for bit in range(kernel_size.bit_length()):  # box covers the 2^bit lanes from each on, pooled `done` of them
         if kernel_size >> bit & 1:
-            pooled = box if pooled is None else join(pooled, _shift(box, -done))
+            pooled = join(pooled, _shift(box, -done))
             done += 1 << bit
         if kernel_size >> bit > 1:
             box = join(box, _shift(box, -(1 << bit)))
