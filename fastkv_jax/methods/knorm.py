@@ -19,5 +19,5 @@ class Knorm(Compression):
     def importance(self, layer: Layer):
         """Short keys are those that much attention falls on."""
         norm = jnp.linalg.norm(layer.k.astype(jnp.float32), axis=-1)
-        # In layer 0 equal tokens have equal norms, whatever their rotation: without its noise they tie, and the first wins.
+        # In layer 0 equal tokens have equal norms, whatever their rotation: without its noise they tie, the first wins.
         return -lax.reduce_precision(norm, exponent_bits=8, mantissa_bits=14)
