@@ -124,13 +124,8 @@ def _joined(segments: list[SegmentKV]) -> SegmentKV:
     """Runs of layers as one, empty slots added in front of the shorter ones: decoding compiles once."""
     slots = max(segment.k.shape[3] for segment in segments)
 
-    def widen(a, fill):
-        widths = [(0, 0)] * a.ndim
-        widths[3] = (slots - a.shape[3], 0)
-        return a if a.shape[3] == slots else jnp.pad(a, widths, constant_values=fill)
-
-    k, v = (jnp.concatenate([widen(getattr(s, name), 0) for s in segments]) for name in ("k", "v"))
-    return SegmentKV(k, v, jnp.concatenate([widen(s.positions, -1) for s in segments]), segments[0].sharing)
+    widened = [segment.widened(slots) for segment in segments]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *widened)
 
 
 def _stack(rows: list[Prefill]) -> Prefill:

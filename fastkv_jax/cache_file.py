@@ -20,6 +20,7 @@ from fastkv_jax.files import check_target, replacing
 from fastkv_jax.model import Llama
 
 FORMAT = "fastkv_jax cache 1"
+ARRAYS = ("k", "v", "positions", "k_scale", "v_scale")  # the last two only of a cache of 8 bits
 
 
 def save_cache(
@@ -40,7 +41,7 @@ def save_cache(
     cache = cache.folded()
     arrays = {"position": cache.position}
     for i, segment in enumerate(cache.segments):
-        arrays |= {f"{i}.{name}": getattr(segment, name) for name in ("k", "v", "positions")}
+        arrays |= {f"{i}.{name}": a for name in ARRAYS if (a := getattr(segment, name)) is not None}
     header = {
         "format": FORMAT,
         "model": fingerprint(model),
@@ -63,10 +64,10 @@ def load_cache(path: str | os.PathLike[str], model: Llama, tokenizer: Any = None
     if tokenizer is not None and header["tokenizer"] and header["tokenizer"] != tokenizer_fingerprint(tokenizer):
         raise CheckpointError(f"{path} was made with another tokenizer")
     segments = tuple(
-        SegmentKV(arrays[f"{i}.k"], arrays[f"{i}.v"], arrays[f"{i}.positions"], sharing)
+        SegmentKV(**{name: arrays.get(f"{i}.{name}") for name in ARRAYS}, sharing=sharing)  # type: ignore[arg-type]
         for i, sharing in enumerate(json.loads(header["sharing"]))
     )
-    return KVCache.empty_after(segments, arrays["position"], 0, model.config.num_kv_heads)
+    return KVCache.empty_after(segments, arrays["position"], 0, model.config.num_kv_heads, model.norm[...].dtype)
 
 
 def load_note(path: str | os.PathLike[str]) -> dict[str, Any]:

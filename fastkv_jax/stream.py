@@ -13,6 +13,7 @@ from fastkv_jax.generation import decode_chunks
 from fastkv_jax.inference import prefill
 from fastkv_jax.methods import Method
 from fastkv_jax.model import Llama
+from fastkv_jax.ops import Kernels
 from fastkv_jax.sampling import Greedy, Sampler
 from fastkv_jax.text import TextStream
 
@@ -30,6 +31,8 @@ def stream(
     cache: KVCache | None = None,
     window_end: Any = 0,
     platform: Platform | None = None,
+    kernels: Kernels | None = None,
+    kv_dtype: str | None = None,
     tokenizer: Any = None,
 ) -> Iterator[Any]:
     """`generate`, piece by piece: text of one prompt with a tokenizer, else chunks of tokens [B, c] int32.
@@ -38,9 +41,10 @@ def stream(
     Raises `InputError` for a batch of several prompts with a tokenizer.
     """
     options: dict[str, Any] = {"method": method, "max_new_tokens": max_new_tokens, "window_end": window_end}
-    prompt = prefill(model, tokens, start, cache=cache, platform=platform, **options)
+    options |= {"platform": platform, "kernels": kernels, "kv_dtype": kv_dtype}
+    prompt = prefill(model, tokens, start, cache=cache, **options)
     chunks = decode_chunks(
-        model, prompt, max_new_tokens=max_new_tokens, sampler=sampler, stop_tokens=stop_tokens, key=key
+        model, prompt, max_new_tokens=max_new_tokens, sampler=sampler, stop_tokens=stop_tokens, key=key, kernels=kernels
     )
     if tokenizer is None:
         return (chunk for chunk, _ in chunks)

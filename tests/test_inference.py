@@ -371,3 +371,30 @@ def test_sampling_is_reproducible_by_key():
 def test_sampling_from_the_best_token_alone_is_greedy():
     made = generate(FASTKV, sampler=fk.Sample(top_k=1), key=jax.random.key(0))
     np.testing.assert_array_equal(made.tokens, greedy(FASTKV))
+
+
+# ------------------------------------------------------------------------------------------------------------ 8 bits
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("name", ["full", "fastkv", "adakv", "asl"])
+def test_a_cache_of_8_bits_is_near_and_keeps_the_same_entries(name: str, dtype: str):
+    method = EXAMPLES[name][0]
+    whole = ragged(method)
+    small = fk.prefill(model_a(), *batch(), method=method, max_new_tokens=NEW, kv_dtype=dtype)
+    np.testing.assert_array_equal(small.logits, whole.logits)
+    for i in range(LAYERS):
+        one, two = small.cache.layer(i), whole.cache.layer(i)
+        np.testing.assert_array_equal(one.positions, two.positions)
+        np.testing.assert_allclose(one.k, two.k, rtol=0.1, atol=0.1)
+    entry = lambda cache: sum(a.nbytes for a in jax.tree.leaves(cache.segments))  # noqa: E731
+    assert entry(small.cache) < 0.5 * entry(whole.cache)
+    logits, _ = fk.decode_step(model_a(), np.argmax(small.logits, axis=-1), small.cache)
+    again = fk.prefill(model_a(), *batch(), method=method, max_new_tokens=NEW)
+    expected, _ = fk.decode_step(model_a(), np.argmax(again.logits, axis=-1), again.cache)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=LOGITS_BF16)
+
+
+def test_an_unknown_dtype_of_the_cache_is_refused():
+    with pytest.raises(fk.FastKVConfigError, match="kv_dtype must be None or one of int8, float8_e4m3fn, got 'int4'"):
+        fk.prefill(model_a(), *batch(), method=FASTKV, max_new_tokens=NEW, kv_dtype="int4")

@@ -16,12 +16,12 @@ FILES = {
     for file in sorted((ROOT / package).rglob("*.py"))
 }
 GROUPS = ("checkpoint", "cli", "evals", "methods")  # packages inside fastkv_jax; all other modules stand for themselves
-LEVEL_1 = {"errors", "config", "rope", "select", "buckets", "attention", "sharding", "inputs", "files"}
+LEVEL_1 = {"errors", "config", "rope", "select", "buckets", "attention", "sharding", "inputs", "files", "ops"}
 MIDDLE = LEVEL_1 | {"cache", "methods", "model", "sampling", "kernels_pallas"}
 MAY_IMPORT = {
-    **dict.fromkeys(LEVEL_1, {"errors", "config", "buckets", "kernels_pallas"}),
+    **dict.fromkeys(LEVEL_1, {"errors", "config", "buckets", "ops", "kernels_pallas"}),
     "kernels_pallas": {"kernels_pallas"},
-    "cache": {"errors", "select"},
+    "cache": {"errors", "kernels_pallas", "ops", "select"},
     "methods": LEVEL_1 | {"methods", "kernels_pallas"},
     "model": {"config", "rope"},
     "sampling": {"errors"},
@@ -30,6 +30,8 @@ MAY_IMPORT = {
     "inference": MIDDLE | {"stages", "adaptive"},
     "generation": MIDDLE | {"inference"},
     "presets": MIDDLE | {"inference"},
+    "costs": {"config", "methods"},
+    "scoring": MIDDLE | {"stages", "inference"},
     "checkpoint": MIDDLE | {"inference", "checkpoint"},
     "cache_file": MIDDLE | {"checkpoint"},
     "text": MIDDLE | {"inference", "checkpoint"},

@@ -18,6 +18,7 @@ from fastkv_jax.inputs import check_lengths
 from fastkv_jax.methods import Method
 from fastkv_jax.methods.plan import Kept, effective_budgets
 from fastkv_jax.model import Llama
+from fastkv_jax.ops import Kernels
 from fastkv_jax.sampling import Sampler
 
 LONG_PROMPT = 2048  # columns from which a prefill reports its progress
@@ -105,11 +106,13 @@ class Engine:
     max_new_tokens: int
     stops: Sequence[str]
     cache: KVCache | None = None  # what stands before every prompt
+    kernels: Kernels | None = None
+    kv_dtype: str | None = None
 
     def read(self, token_ids: list[int]) -> tuple[inference.Prefill, np.ndarray, np.ndarray]:
         """Prefill of a document alone, and its padded tokens and start."""
         tokens, start = pad_batch([token_ids])
-        result = inference.prefill(self.model, tokens, start, method=self.method, max_new_tokens=0, cache=self.cache)
+        result = inference.prefill(self.model, tokens, start, **self._options(0))
         return jax.block_until_ready(result), tokens, start
 
     def answer(
@@ -132,7 +135,7 @@ class Engine:
         result = self._prefill(answer, tokens, start, prompt.window_end, on_compile, progress)
         on_prefill(result, tokens, start)
         with _Timer() as timer:
-            generation.compile_decode(self.model, result, sampler=self.sampler)
+            generation.compile_decode(self.model, result, sampler=self.sampler, kernels=self.kernels)
         answer.compile_s += timer.seconds
         on_compile("decode", timer.seconds)
         began = time.perf_counter()
@@ -144,8 +147,7 @@ class Engine:
         return answer
 
     def _prefill(self, answer: Answer, tokens, start, window_end: int, on_compile, progress) -> inference.Prefill:
-        options: dict[str, Any] = {"method": self.method, "max_new_tokens": self.max_new_tokens, "cache": self.cache}
-        options["window_end"] = window_end
+        options = self._options(self.max_new_tokens) | {"window_end": window_end}
         progress = progress if answer.bucket >= LONG_PROMPT else None
         with _Timer() as timer:
             inference.compile_prefill(self.model, tokens, start, **options, progress=progress is not None)
@@ -155,6 +157,15 @@ class Engine:
             result = jax.block_until_ready(inference.prefill(self.model, tokens, start, **options, progress=progress))
         answer.prefill_s = timer.seconds
         return result
+
+    def _options(self, new: int) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "max_new_tokens": new,
+            "cache": self.cache,
+            "kernels": self.kernels,
+            "kv_dtype": self.kv_dtype,
+        }
 
     def _decode(self, answer: Answer, result: inference.Prefill, on_text: Callable[[str], object]) -> None:
         stream, matcher = text.TextStream(self.tokenizer), text.StopMatcher(self.stops)
@@ -167,9 +178,8 @@ class Engine:
                 on_text(safe)
             return stopped
 
-        chunks = generation.decode_chunks(
-            self.model, result, max_new_tokens=self.max_new_tokens, sampler=self.sampler, key=jax.random.key(self.seed)
-        )
+        options = {"sampler": self.sampler, "key": jax.random.key(self.seed), "kernels": self.kernels}
+        chunks = generation.decode_chunks(self.model, result, max_new_tokens=self.max_new_tokens, **options)
         for chunk, _ in chunks:
             for token in chunk[0].tolist():
                 answer.token_ids.append(token)

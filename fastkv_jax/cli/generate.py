@@ -30,6 +30,8 @@ from fastkv_jax.files import check_target
 from fastkv_jax.methods import FullKV
 from fastkv_jax.methods.plan import layers_run
 
+KV_DTYPES = {"int8": "int8", "fp8": "float8_e4m3fn"}
+
 
 def parser() -> common.Parser:
     """All flags, with their ranges."""
@@ -58,6 +60,12 @@ def parser() -> common.Parser:
         "--truncate", choices=("left", "right", "middle"), help="cut a prompt that is too long (default: an error)"
     )
     settings.add_method_flags(parser)
+    parser.add_argument(
+        "--kv-dtype", choices=tuple(KV_DTYPES), help="keep the prompt's entries in 8 bits (default: the model's dtype)"
+    )
+    parser.add_argument(
+        "--kernels", choices=("reference", "tpu", "gpu"), help="reference = plain jax.numpy (default: the platform's)"
+    )
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON object instead of text")
     group.add_argument(
@@ -182,12 +190,16 @@ def _generate(options: argparse.Namespace, requests: list[prompts.Request], plat
     greedy = options.temperature == 0
     sampler = Greedy() if greedy else Sample(options.temperature, options.top_p, options.top_k, options.min_p)
     cache = None if saved is None else saved.load(model, tokenizer)
-    engine = Engine(model, tokenizer, method, sampler, options.seed, options.max_new_tokens, options.stop, cache)
+    engine = Engine(
+        model, tokenizer, method, sampler, options.seed, options.max_new_tokens, options.stop, cache,
+        options.kernels, KV_DTYPES.get(options.kv_dtype),
+    )  # fmt: skip
     effective = {
         "preset": preset.name,
         "method": options.method if saved is None else saved.method,
         **presets.settings(method),
         "dtype": dtype,
+        "kv_dtype": options.kv_dtype,
         "platform": platform,
     }
     if options.input is None:

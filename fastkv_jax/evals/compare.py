@@ -170,7 +170,7 @@ def read_all(model: Llama, tokens: Any, start: Any, methods: Sequence[Method], w
     static = Static(FullKV(), 0, window_end, platform_of(model))
     entries = _read_all(model, prompt, tuple(tables), methods=tuple(methods), shapes=tuple(shapes), static=static)
     position = jnp.asarray(columns - prompt.start)
-    return [KVCache.empty_after((one,), position, 0, c.num_kv_heads) for one in entries]
+    return [KVCache.empty_after((one,), position, 0, c.num_kv_heads, model.norm[...].dtype) for one in entries]
 
 
 @partial(jax.jit, static_argnames=("methods", "shapes", "static"))

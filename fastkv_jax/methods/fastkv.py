@@ -9,7 +9,6 @@ from fastkv_jax.methods.base import Layer, Method, Scores, Segment
 from fastkv_jax.methods.budgets import at_least, check_layer
 from fastkv_jax.methods.compression import WindowCompression
 from fastkv_jax.methods.tsp import Boundary, Counts, Rates, boundaries, check_parts, check_rows, compose
-from kernels_pallas import window_scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +84,7 @@ class FastKV(WindowCompression):
 
     def scores(self, layer: Layer) -> Scores:
         """Equations 1 and 2: per KV head for the cache, summed over the heads for propagation."""
-        kv = window_scores(
+        kv = layer.ops.window_scores(
             layer.last_queries(self.window_size), layer.k, layer.start, layer.stop,
             kernel_size=self.kernel_size, pooling=self.pooling,
         )  # fmt: skip
