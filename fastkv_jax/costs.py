@@ -26,3 +26,11 @@ def prefill_flops(config: LlamaConfig, method: Method, n: int) -> float:
 def entry_bytes(config: LlamaConfig, item_size: int) -> int:
     """A key and a value of one cache head, and the position of the two."""
     return 2 * config.head_dim * item_size + 4
+
+
+def decode_flops(config: LlamaConfig, entries_seen: int) -> float:
+    """One token: all matrix products, the language-model head, and attention to `entries_seen` slots over all heads."""
+    c = config
+    projections = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+    weights = c.num_layers * (projections + 3 * c.hidden_size * c.intermediate_size) + c.hidden_size * c.vocab_size
+    return 2.0 * weights + 4.0 * c.head_dim * entries_seen
