@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels_pallas
-from kernels_pallas.decode_attention import reference, tpu
+from kernels_pallas.decode_attention import gpu, reference, tpu
 from tolerances import ATTENTION, ATTENTION_BF16, ATTENTION_LARGE
 
 
@@ -28,6 +28,7 @@ def run_with(run: Callable, **choice) -> Callable:
 IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": run_with(reference.decode_attention),
     "tpu": run_with(tpu.decode_attention, interpret=True, tiles=tpu.Tiles(slots=4)),
+    "gpu": run_with(gpu.decode_attention, interpret=True, tiles=gpu.Tiles(rows=2, slots=4, splits=2)),
 }
 BATCH, CAPACITY, NEW, DIM = 2, 13, 5, 8
 every_implementation = pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels_pallas
-from kernels_pallas.window_scores import tpu
+from kernels_pallas.window_scores import gpu, tpu
 from tolerances import SCORES, SCORES_RELATIVE
 
 
@@ -24,6 +24,7 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": jax.jit(kernels_pallas.window_scores, static_argnames=("kernel_size", "pooling")),
     "tpu": interpreted(tpu.window_scores, tiles=tpu.Tiles(keys=16, chunk=8, keep=True)),
     "tpu in two sweeps": interpreted(tpu.window_scores, tiles=tpu.Tiles(keys=16, chunk=8, keep=False)),
+    "gpu": interpreted(gpu.window_scores, tiles=gpu.Tiles(heads=2, keys=8, splits=3)),
 }
 BATCH, TOKENS, WINDOW, DIM = 2, 40, 8, 4
 every_implementation = pytest.mark.parametrize("implementation", [i for i in IMPLEMENTATIONS if "sweeps" not in i])
