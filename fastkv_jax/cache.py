@@ -57,11 +57,8 @@ class SegmentKV:
             raise InputError(f"a cache of {self.k.shape[-3]} heads cannot be joined with one that {kv_heads} share")
         codes = jnp.where(self.positions >= 0, self.positions * kv_heads + jnp.arange(kv_heads)[:, None], -1)
         k, v = (a.reshape(*a.shape[:-3], 1, -1, a.shape[-1]) for a in (self.k, self.v))
-        codes, *scales = (
-            None if a is None else a.reshape(*a.shape[:-2], 1, -1) for a in (codes, self.k_scale, self.v_scale)
-        )
-        assert codes is not None
-        return SegmentKV(k, v, codes, *scales, kv_heads)
+        k_scale, v_scale = (None if a is None else _in_one_row(a) for a in (self.k_scale, self.v_scale))
+        return SegmentKV(k, v, _in_one_row(codes), k_scale, v_scale, kv_heads)
 
     def extended(self, other: "SegmentKV", kv_heads: int) -> "SegmentKV":
         """The slots of both, these first. Where one is flat, per query head, or of 8 bits, the other becomes so."""
@@ -199,6 +196,10 @@ class KVCache:
         if not isinstance(self.used, Tracer) and not int(self.used):
             return self
         return _fold(self)
+
+
+def _in_one_row(a: Array) -> Array:
+    return a.reshape(*a.shape[:-2], 1, -1)
 
 
 @jax.jit

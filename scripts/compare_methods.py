@@ -87,11 +87,14 @@ def main() -> int:
     asked = {str(keys): questions(tokenizer, options.count, keys, options.haystack) for keys in (1, 4)}
     pieces = texts(tokenizer, options.texts, 2048, options.haystack)
     with tqdm(total=2 * options.count + options.texts, unit="text", file=sys.stderr) as bar:
-        compare(model, rows, asked, pieces, 2048, lambda: bar.update())
-    table = render(sorted(rows, key=lambda row: row.name.partition("@")[0] != "full"))
-    sys.stdout.write(table)
-    if options.output is not None:
-        options.output.write_text(table, encoding="utf-8")
+
+        def report() -> None:
+            bar.update()
+            if options.output is not None:  # what is known so far
+                options.output.write_text(render(rows), encoding="utf-8")
+
+        compare(model, rows, asked, pieces, 2048, report)
+    sys.stdout.write(render(rows))
     return 0
 
 

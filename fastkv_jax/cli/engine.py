@@ -147,7 +147,7 @@ class Engine:
         return answer
 
     def _prefill(self, answer: Answer, tokens, start, window_end: int, on_compile, progress) -> inference.Prefill:
-        options = self._options(self.max_new_tokens) | {"window_end": window_end}
+        options: dict[str, Any] = self._options(self.max_new_tokens) | {"window_end": window_end}
         progress = progress if answer.bucket >= LONG_PROMPT else None
         with _Timer() as timer:
             inference.compile_prefill(self.model, tokens, start, **options, progress=progress is not None)
@@ -178,7 +178,7 @@ class Engine:
                 on_text(safe)
             return stopped
 
-        options = {"sampler": self.sampler, "key": jax.random.key(self.seed), "kernels": self.kernels}
+        options: dict[str, Any] = {"sampler": self.sampler, "key": jax.random.key(self.seed), "kernels": self.kernels}
         chunks = generation.decode_chunks(self.model, result, max_new_tokens=self.max_new_tokens, **options)
         for chunk, _ in chunks:
             for token in chunk[0].tolist():

@@ -76,24 +76,30 @@ def compare(
     report: Callable[[], object] = lambda: None,
 ) -> None:
     """Fill the rows in. `texts` are cut after three quarters; the last one is scored after the rest was read."""
-    full = FullKV()
-    whole_bytes: dict[int, int] = {}
-    for kind, asked in questions.items():
-        for one in asked:
-            for row, cache in _caches(model, rows, one.prompt, one.window_end, columns):
-                n = len(one.prompt)
-                whole_bytes.setdefault(n, full_bytes(model, n))
-                row.right[kind].append(_says(model, cache, one))
-                row.kept.append(_share_kept(cache, one.where))
-                row.flops.append(prefill_flops(model.config, row.method, n) / prefill_flops(model.config, full, n))
-                row.bytes.append(used_bytes(cache) / whole_bytes[n])
+    for i in range(max(len(texts), *map(len, questions.values()))):  # in turn: what is done is even whenever it ends
+        for kind, asked in questions.items():
+            if i < len(asked):
+                _ask(model, rows, kind, asked[i], columns)
+                report()
+        if i < len(texts):
+            _read_on(model, rows, texts[i], columns)
             report()
-    for text in texts:
-        cut = 3 * len(text) // 4
-        for row, cache in _caches(model, rows, text[:cut], 0, columns):
-            found, _ = next_token_scores(model, *pad_batch([text[cut:]]), cache=cache)
-            row.nll.append(-float(found.sum()) / (len(text) - cut - 1))
-        report()
+
+
+def _read_on(model: Llama, rows: Sequence[Row], text: list[int], columns: int) -> None:
+    cut = 3 * len(text) // 4
+    for row, cache in _caches(model, rows, text[:cut], 0, columns):
+        found, _ = next_token_scores(model, *pad_batch([text[cut:]]), cache=cache)
+        row.nll.append(-float(found.sum()) / (len(text) - cut - 1))
+
+
+def _ask(model: Llama, rows: Sequence[Row], kind: str, question: Question, columns: int) -> None:
+    n, full = len(question.prompt), FullKV()
+    for row, cache in _caches(model, rows, question.prompt, question.window_end, columns):
+        row.right[kind].append(_says(model, cache, question))
+        row.kept.append(_share_kept(cache, question.where))
+        row.flops.append(prefill_flops(model.config, row.method, n) / prefill_flops(model.config, full, n))
+        row.bytes.append(used_bytes(cache) / full_bytes(model, n))
 
 
 def full_bytes(model: Llama, n: int) -> int:

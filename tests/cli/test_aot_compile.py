@@ -1,0 +1,65 @@
+"""Whole prefills and decode steps through the compilers of TPUs that are not here."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from fastkv_jax.cli import aot_compile
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "aot_compile.py"
+
+
+@cache
+def compiled(target: str, method: str, *flags: str) -> dict:
+    """What the command prints last, in a process of its own: it changes the platform."""
+    words = ["--target", target, "--method", method, *flags]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TPU_"))}
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *words], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("target", list(aot_compile.TPU_TARGETS))
+def test_llama_8b_at_32k_compiles_for_every_tpu(target: str):
+    found = compiled(target, "fastkv", "--tokens", "32768")
+    assert {"window_scores", "select"} <= set(found["kernels"]) and "decode_attention" in found["decode"]["kernels"]
+    assert found["hbm_bytes_args"] + found["hbm_bytes_temp"] < 16e9  # the smallest of them, v5e
+    assert found["decode"]["hbm_bytes_temp"] < 0.1e9
+
+
+def test_no_sort_is_in_a_compiled_prefill_or_step():
+    found = compiled("v5e-8", "fastkv", "--tokens", "32768")
+    assert found["sorts"] == found["decode"]["sorts"] == 0
+
+
+def test_operations_are_those_of_the_shapes():
+    found = compiled("v5e-8", "fastkv", "--tokens", "32768")
+    full, fast = (tokens_flops(n) for n in (32_768, int(32_768 * 0.2)))
+    assert found["flops"] == pytest.approx(16 * full + 16 * fast + 2 * 4096 * 128_256, rel=1e-12)
+
+
+def tokens_flops(n: int) -> int:
+    """One layer of Llama-3.1-8B: q and o, k and v, three of the MLP; attention's two products over half the square."""
+    products = 2 * n * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336)
+    return products + 2 * 2 * 4096 * n * (n + 1) // 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tokens", "5"], "tokens must be >= 128, got 5"),
+        (["--method", "none"], "unknown method 'none'; there are: full, fastkv"),
+        (["--method", "asl"], "decides on the host"),
+    ],
+)
+def test_what_cannot_be_compiled_is_one_line(words, message, capsys):
+    assert aot_compile.main(["--target", "v5e-8", *words]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
