@@ -6,10 +6,9 @@ from typing import Literal
 import numpy as np
 
 from fastkv_jax.methods.base import Layer, Scores
-from fastkv_jax.methods.budgets import check_int, check_layer, check_rate
+from fastkv_jax.methods.budgets import check_int, check_layer, check_pair, check_rate
 from fastkv_jax.methods.compression import WindowCompression
 from fastkv_jax.methods.fastkv import FastKV
-from fastkv_jax.methods.tsp import Rates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +24,7 @@ class ASL(WindowCompression):
 
     window_size: int = 32
     pooling: Literal["max", "avg"] = "avg"
-    tsp_rate: Rates = None
+    tsp_rate: float | None = None
     tsp_length: int | None = None
     min_layer: int | None = None
     score_layers: int = 8
@@ -34,6 +33,7 @@ class ASL(WindowCompression):
     def __post_init__(self):
         if self.tsp_rate is None and self.tsp_length is None:
             object.__setattr__(self, "tsp_length", 2048)
+        check_pair("tsp_rate", self.tsp_rate, "tsp_length", self.tsp_length)
         if self.retention_rate is None and self.capacity is None:
             object.__setattr__(self, "retention_rate", self.tsp_rate)
             object.__setattr__(self, "capacity", self.tsp_length)
