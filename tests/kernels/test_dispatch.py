@@ -11,32 +11,33 @@ import kernels_pallas
 from kernels_pallas import dispatch
 
 RANDOM = np.random.default_rng(0)
-EDGES = np.array([3, 0], np.int32), np.array([40, 33], np.int32)
+ROWS = 3  # an odd number: were the tiles of a row shared out to two cores, the second row's would be split
+EDGES = np.array([3, 0, 9], np.int32), np.array([40, 33, 31], np.int32)
 
 
 def normal(*shape):
-    return RANDOM.normal(size=(2, *shape)).astype(np.float32)
+    return RANDOM.normal(size=(ROWS, *shape)).astype(np.float32)
 
 
 def window_scores():
-    q, k = normal(4, 8, 4), normal(2, 40, 4)
+    q, k = normal(4, 8, 4), normal(1, 40, 4)
     return lambda **choice: kernels_pallas.window_scores(q, k, *EDGES, kernel_size=5, pooling="max", **choice)
 
 
 def select():
-    scores, count = normal(300), np.array([20, 7], np.int32)
+    scores, count = normal(300), np.array([20, 7, 30], np.int32)
     return lambda **choice: kernels_pallas.select(scores, count, 30, **choice)
 
 
 def among_best():
-    scores, count = normal(300), np.array([20, 7], np.int32)
+    scores, count = normal(300), np.array([20, 7, 30], np.int32)
     return lambda **choice: kernels_pallas.among_best(scores, count, **choice)
 
 
 def decode_attention():
     arrays = normal(4, 8), normal(2, 13, 8), normal(2, 13, 8)
-    positions = RANDOM.integers(-1, 2, (2, 2, 13)).astype(np.int32)
-    new = normal(2, 5, 8), normal(2, 5, 8), np.array([2, 5], np.int32)
+    positions = RANDOM.integers(-1, 2, (ROWS, 2, 13)).astype(np.int32)
+    new = normal(2, 5, 8), normal(2, 5, 8), np.array([2, 5, 1], np.int32)
     return lambda **choice: kernels_pallas.decode_attention(*arrays, positions, *new, **choice)
 
 
