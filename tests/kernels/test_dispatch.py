@@ -1,10 +1,12 @@
 """The implementation is the caller's explicit choice; TPU kernels keep to their memory, and their cores apart."""
 
+import functools
 import importlib
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpreted import jit
 from jax.experimental.pallas import tpu as pltpu
 
 import kernels_pallas
@@ -54,7 +56,7 @@ every_op = pytest.mark.parametrize("op", list(OPS))
 @pytest.mark.parametrize("implementation", ["tpu", "gpu"])
 def test_the_public_function_runs_every_implementation(op: str, implementation: str):
     run = OPS[op]()
-    ours, reference = run(implementation=implementation, interpret=True), run()
+    ours, reference = jit(functools.partial(run, implementation=implementation, interpret=True))(), run()
     assert ours.dtype == reference.dtype
     np.testing.assert_allclose(jnp.asarray(ours, jnp.float32), jnp.asarray(reference, jnp.float32), rtol=0, atol=1e-5)
 
@@ -75,5 +77,5 @@ def test_two_cores_that_share_a_tpu_do_not_race(op: str, monkeypatch):
     params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
     monkeypatch.setattr(tpu, "tiles_for", lambda *_: tiles)
     monkeypatch.setattr(tpu, "tpu_interpret", lambda interpret: params)
-    np.asarray(OPS[op]()(implementation="tpu", interpret=True))
+    np.asarray(jit(functools.partial(OPS[op](), implementation="tpu", interpret=True))())
     assert state.races is not None and not state.races.races_found
