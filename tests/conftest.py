@@ -1,9 +1,19 @@
 """Settings of the whole suite: four fake CPU devices and strict dtype promotion, before JAX starts."""
 
+import os
 from pathlib import Path
 
-import jax
-import pytest
+# On the CPU; and libtpu, installed for its compiler, must neither look for a chip nor complain that there is none.
+for name, value in {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}.items():
+    os.environ.setdefault(name, value)
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -1,7 +1,7 @@
 """Compiles every kernel for a TPU that need not be there: python compile_for_tpu.py v5e:2x2
 
 One JSON line for each program: {program, calls, sorts, seconds, arguments, temporaries}, the last two in bytes.
-Needs libtpu (jax[tpu]) and the environment of test_compile.py.
+Needs libtpu (jax[tpu]) and the environment that conftest.py sets.
 """
 
 import functools

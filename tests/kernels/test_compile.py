@@ -9,11 +9,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("compile_for_tpu.py")
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",  # libtpu compiles, and looks for no chip
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+ENVIRONMENT = {  # beside conftest.py's, which keeps libtpu from looking for a chip
+    "JAX_PLATFORMS": "cpu",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # by several processes at a time
     "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH", "")]),
 }

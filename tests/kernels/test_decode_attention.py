@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import jit
 
 import kernels_pallas
 from kernels_pallas.decode_attention import gpu, reference, tpu
@@ -17,7 +17,7 @@ from tolerances import ATTENTION, ATTENTION_BF16, ATTENTION_LARGE
 def run_with(run: Callable, **choice) -> Callable:
     """The public signature, for an implementation with a choice of tiles."""
 
-    @jax.jit
+    @jit
     def decode_attention(*arrays, heads=None, k_scale=None, v_scale=None):
         return run(*arrays, heads, k_scale, v_scale, **choice)
 
@@ -73,14 +73,15 @@ def assert_agrees(implementation: str, given, filled, tolerance: float = ATTENTI
 
 
 @every_implementation
-@pytest.mark.parametrize("per_query_head", [False, True], ids=["a cache per KV head", "a cache per query head"])
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("group", "per_query_head"), [(1, False), (2, True), (3, False), (3, True), (4, False), (8, False)]
+)
 @given(
     empty=st.lists(st.integers(0, CAPACITY), min_size=16, max_size=16),
     filled=st.lists(st.integers(1, NEW), min_size=BATCH, max_size=BATCH),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 def test_agrees_for_ragged_heads(implementation, group, per_query_head, empty, filled, seed):
     """Heads may hold different numbers of entries, and none at all; rows may have decoded different numbers."""
     cache_heads = 2 * group if per_query_head else 2
@@ -102,8 +103,9 @@ def test_agrees_for_every_head_size_and_dtype_at_the_edges_of_tiles(implementati
 
 
 @every_implementation
-@pytest.mark.parametrize("cache", [jnp.int8, jnp.float8_e4m3fn])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "cache"), [(jnp.float32, jnp.int8), (jnp.float32, jnp.float8_e4m3fn), (jnp.bfloat16, jnp.int8)]
+)
 def test_agrees_for_caches_of_8_bits(implementation, cache, dtype):
     """The oracle gets the same quantized entries."""
     q, k, v, positions, k_new, v_new = inputs(0, 4, 2, 2, [[3, 0], [13, 5]])
@@ -139,7 +141,7 @@ def test_empty_slots_may_stand_anywhere(implementation: str):
 
 
 @every_implementation
-@pytest.mark.parametrize("group", [1, 2, 3])
+@pytest.mark.parametrize("group", [1, 3])
 def test_in_a_flat_cache_a_query_sees_the_slots_of_its_head(implementation: str, group: int):
     given = inputs(0, 3 * group, 1, 3, [[2], [0]])
     heads = np.random.default_rng(1).integers(0, 3, (BATCH, 1, CAPACITY)).astype(np.int32)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 import kernels_pallas
 from kernels_pallas import gpu_backend
@@ -15,9 +16,14 @@ from kernels_pallas import gpu_backend
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
 
+H100 = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+HOPPER = AbstractMesh((1,), ("gpu",), (AxisType.Auto,), abstract_device=H100)
+
+
 def triton_calls(run, *arrays, **more) -> int:
     """How many Triton kernels the program for an NVIDIA GPU holds; no GPU and no toolchain needed."""
-    lowered = jax.jit(run).trace(*arrays, **more).lower(lowering_platforms=("cuda",))
+    with use_abstract_mesh(HOPPER):
+        lowered = jax.jit(run).trace(*arrays, **more).lower(lowering_platforms=("cuda",))
     return lowered.as_text().count("custom_call @__gpu$xla.gpu.triton")
 
 
