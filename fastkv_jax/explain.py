@@ -5,10 +5,8 @@ import hashlib
 import importlib.resources
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from tokenizers.decoders import DecodeStream
 
 from fastkv_jax.errors import FastKVConfigError, InputError
+from fastkv_jax.files import check_target, write_whole
 from fastkv_jax.inference import Prefill
 
 
@@ -76,20 +75,8 @@ class Explanation:
         The file is complete or absent; one that is there is replaced. Raises `FastKVConfigError` for another suffix, a
         folder in its place or no folder to hold it, or if matplotlib is missing.
         """
-        target = Path(path)
-        render = _RENDERERS.get(target.suffix.lower())
-        if render is None:
-            raise FastKVConfigError(f"cannot write {target}: its name must end in {' or '.join(_RENDERERS)}")
-        if target.is_dir():
-            raise FastKVConfigError(f"cannot write {target}: it is a folder")
-        if not target.absolute().parent.is_dir():
-            raise FastKVConfigError(f"cannot write {target}: there is no folder {target.parent}")
-        content = render(self)
-        # A folder beside the target, so that the file has the usual permissions and a failed write leaves nothing.
-        with tempfile.TemporaryDirectory(prefix=".explain", dir=target.absolute().parent) as scratch:
-            complete = Path(scratch, target.name)
-            complete.write_bytes(content)
-            os.replace(complete, target)
+        target = check_target(path, *_RENDERERS)
+        write_whole(target, _RENDERERS[target.suffix.lower()](self))
 
 
 def explain(result: Prefill, tokens: Any, tokenizer: Any = None, *, row: int = 0, start: Any = None) -> Explanation:

@@ -16,7 +16,7 @@ FILES = {
     for file in sorted((ROOT / package).rglob("*.py"))
 }
 GROUPS = ("checkpoint", "cli", "evals", "methods")  # packages inside fastkv_jax; all other modules stand for themselves
-LEVEL_1 = {"errors", "config", "rope", "select", "buckets", "attention", "sharding", "inputs"}
+LEVEL_1 = {"errors", "config", "rope", "select", "buckets", "attention", "sharding", "inputs", "files"}
 MIDDLE = LEVEL_1 | {"cache", "methods", "model", "sampling", "kernels_pallas"}
 MAY_IMPORT = {
     **dict.fromkeys(LEVEL_1, {"errors", "config", "buckets", "kernels_pallas"}),
@@ -34,6 +34,8 @@ MAY_IMPORT = {
     "text": MIDDLE | {"inference", "checkpoint"},
     "stream": MIDDLE | {"inference", "generation", "checkpoint", "text"},
     "explain": MIDDLE | {"inference", "checkpoint", "text"},
+    "calibration": MIDDLE | {"presets"},
+    "calibrate": MIDDLE | {"stages", "adaptive", "inference", "generation", "checkpoint", "text", "calibration"},
 }
 PUBLIC = {"fastkv_jax", "cli", "evals", "__main__"}  # may import everything below; "fastkv_jax" is its __init__
 
