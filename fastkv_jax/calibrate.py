@@ -87,10 +87,10 @@ class Sample:
 
 def longest_run(ids: Sequence[int], wanted: Sequence[int]) -> tuple[int, int]:
     """(first index, length) of the longest run of `ids` that is also a run of `wanted`; the first of several."""
-    ids, best = np.asarray(ids), (0, 0)
-    runs = np.zeros(len(ids) + 1, np.int64)  # of tokens equal up to here, index shifted by one
+    array, best = np.asarray(ids), (0, 0)
+    runs = np.zeros(array.size + 1, np.int64)  # of tokens equal up to here, index shifted by one
     for token in wanted:
-        runs[1:] = np.where(ids == token, runs[:-1] + 1, 0)
+        runs[1:] = np.where(array == token, runs[:-1] + 1, 0)
         last = int(np.argmax(runs))
         best = max(best, (last - int(runs[last]), int(runs[last])), key=lambda run: (run[1], -run[0]))
     return best
@@ -294,7 +294,7 @@ def _most_promising(
     return [int(place) for place in np.argsort(-np.round(promise, 2), kind="stable")]
 
 
-def _mean(values: Sequence[Float[np.ndarray, "*S"] | None]) -> Float[np.ndarray, "*S"]:
+def _mean(values: Sequence[Float[np.ndarray, "*S"]]) -> Float[np.ndarray, "*S"]:
     """Over the samples whose answer stands in the prompt; NaN if there are none."""
     measured = [value for value in values if not np.isnan(value).any()]
     return np.mean(measured, axis=0) if measured else np.full_like(values[0], np.nan)
