@@ -182,7 +182,7 @@ def calibrate(
     """
     samples, c = tuple(samples), model.config
     rates = {"tsp_rate": tsp_rate, "retention_rate": retention_rate}
-    candidates = tuple(range(c.num_layers // 4, 3 * c.num_layers // 4 + 1) if layers is None else sorted(set(layers)))
+    candidates = _middle(c.num_layers) if layers is None else tuple(sorted(set(layers)))
     grid = dict.fromkeys(Setting(*one) for one in product(window_sizes, kernel_sizes, poolings))
     settings = tuple(sorted(grid, key=lambda setting: setting.cost))
     methods = tuple(FastKV(tsp_layer=0, **rates, **setting._asdict()) for setting in settings)
@@ -250,6 +250,12 @@ def calibrate(
         flops_share=statistics.mean(_flops_share(c, chosen, sample) for sample in samples),
         seconds=_race(run, max(samples, key=lambda sample: len(sample.token_ids)), chosen) if timed else None,
     )
+
+
+def _middle(num_layers: int) -> tuple[int, ...]:
+    """From a quarter of the model to three quarters, as far as layers follow."""
+    first = num_layers // 4
+    return tuple(range(first, max(first, min(3 * num_layers // 4, num_layers - 2)) + 1))
 
 
 def _check_numbers(tolerance: float, finalists: int, max_new_tokens: int) -> None:

@@ -11,6 +11,7 @@ the smallest kernel and window, that answers as many questions as the full conte
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ def parser() -> common.Parser:
     group = parser.add_argument_group("questions")
     group.add_argument("--input", metavar="FILE", help="JSON lines with prompt, answer and optional prefill")
     group.add_argument("--count", type=int, metavar="N", help="without --input: hidden numbers, >= 1 (default: 16)")
-    group.add_argument("--tokens", type=integers, metavar="N|A-B", help="length of their texts (default: 2048)")
+    group.add_argument("--tokens", type=lengths, metavar="N|A-B", help="length of their texts (default: 2048)")
     group.add_argument("--haystack", type=Path, metavar="FOLDER", help="the .txt files to hide them in")
     group.add_argument("--seed", type=int, metavar="N", help="of the numbers and texts, >= 0 (default: 0)")
     group.add_argument("--max-new-tokens", type=int, default=24, metavar="N", help="decoded, >= 1 (default: 24)")
@@ -42,7 +43,7 @@ def parser() -> common.Parser:
     group.add_argument("--tsp-rate", type=float, default=0.2, metavar="R", help="in (0, 1] (default: 0.2)")
     group.add_argument("--retention-rate", type=float, default=0.2, metavar="R", help="in (0, 1] (default: 0.2)")
     group.add_argument("--tolerance", type=float, default=0.1, metavar="R",
-                       help="eq. 3: distances up to 1 + R times the smallest are close, >= 0 (default: 0.1)")  # fmt: skip
+                       help="eq. 3: distances up to 1 + R times the smallest are close (default: 0.1)")  # fmt: skip
     group = parser.add_argument_group("results")
     group.add_argument("--output", metavar="FILE.yaml", help="the preset, with the evidence")
     group.add_argument("--plot", metavar="FILE.png", help="the curves (needs matplotlib)")
@@ -62,6 +63,12 @@ def integers(words: str) -> tuple[int, ...]:
         if not found or len(found) > MOST_INTEGERS:
             raise ValueError(words)
     return tuple(found)
+
+
+def lengths(words: str) -> tuple[int, int]:
+    """2048 -> 2048, 2048; 1500-3000 -> 1500, 3000."""
+    first, _, last = words.partition("-")
+    return int(first), int(last or first)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,6 +100,8 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, flag)
         if value is not None and value < least:
             raise FastKVConfigError(f"{flag} must be >= {least}, got {value}")
+    if not 0 <= options.tolerance < math.inf:
+        raise FastKVConfigError(f"tolerance must be >= 0, got {options.tolerance}")
     for window in options.windows:
         for kernel in options.kernels:
             FastKV(tsp_layer=0, tsp_rate=options.tsp_rate, retention_rate=options.retention_rate, window_size=window,
@@ -110,10 +119,10 @@ def _rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         return _json_lines(Path(options.input))
     if options.haystack is not None and not any(options.haystack.glob("*.txt")):
         raise InputError(f"--haystack {options.haystack} holds no .txt files")
-    lengths, count = options.tokens or (2048,), options.count or 16
-    if min(lengths) < 100:
-        raise FastKVConfigError(f"tokens must be >= 100, got {min(lengths)}")
-    rows = needles.make(count, min(lengths), max(lengths), options.seed or 0, options.haystack)
+    (shortest, longest), count = options.tokens or (2048, 2048), options.count or 16
+    if not 100 <= shortest <= longest:
+        raise FastKVConfigError(f"tokens must rise from >= 100, got {shortest}-{longest}")
+    rows = needles.make(count, shortest, longest, options.seed or 0, options.haystack)
     return [rows[2 * i + i % 2] for i in range(count)]  # one plain, the next with the beginning of its answer given
 
 
@@ -149,8 +158,8 @@ def _calibrate(options: argparse.Namespace, rows: list[dict[str, Any]], platform
     text.check_vocabulary(tokenizer, config)
     samples = make_samples(tokenizer, rows)
     say.header(platform, dtype)
-    lengths = [len(sample.token_ids) for sample in samples]
-    say.line("samples", f"{len(samples)}, {min(lengths):,} to {max(lengths):,} tokens; "
+    tokens = [len(sample.token_ids) for sample in samples]
+    say.line("samples", f"{len(samples)}, {min(tokens):,} to {max(tokens):,} tokens; "
              f"{sum(s.span is not None for s in samples)} hold their answer")  # fmt: skip
     model = checkpoint.load_model(found, dtype)
     with tqdm(desc="measuring", file=sys.stderr, disable=options.quiet, leave=False) as bar:
