@@ -24,7 +24,7 @@ calibrate = fk.calibrate
 LAYERS, NEW = (0, 1, 2), 12
 RATES = {"tsp_rate": 0.4, "retention_rate": 0.3}
 GRID = {"window_sizes": (4, 8), "kernel_sizes": (3, 7)}
-NARROW, WIDE, SHARP = Setting(4, 7, "max"), Setting(8, 7, "max"), Setting(8, 3, "max")  # the first two get tried
+TRIED, OTHER = Setting(8, 7, "max"), Setting(4, 3, "max")
 PROMPTS = [np.random.default_rng(n).integers(0, 128, n) for n in (140, 201, 255)]  # of one bucket
 ENDS = (0, 3, 5)
 
@@ -52,7 +52,7 @@ def read(i: int, method):
 @cache
 def samples() -> tuple[Sample, ...]:
     """The first answer is what full context says, the second what one setting says, the last stands in its prompt."""
-    answers = generated(0, fk.FullKV())[1:4], generated(1, fastkv(WIDE, 0))[2:5], PROMPTS[2][60:67]
+    answers = generated(0, fk.FullKV())[1:4], generated(1, fastkv(TRIED, 0))[2:5], PROMPTS[2][60:67]
     return tuple(
         Sample(tuple(map(int, p)), end, tuple(map(int, a))) for p, end, a in zip(PROMPTS, ENDS, answers, strict=True)
     )
@@ -62,10 +62,10 @@ def samples() -> tuple[Sample, ...]:
 def found() -> Calibration:
     steps = []
     result = calibrate(
-        model_a(), samples(), name="A", layers=LAYERS, **GRID, **RATES, finalists=2, max_new_tokens=NEW,
+        model_a(), samples(), name="A", layers=LAYERS, **GRID, **RATES, finalists=1, max_new_tokens=NEW,
         progress=lambda done, total: steps.append((done, total)),
     )  # fmt: skip
-    total = 3 * (1 + 2 * len(LAYERS))
+    total = 3 * (1 + len(LAYERS))
     assert steps == [(done, total) for done in range(1, total + 1)]
     return result
 
@@ -77,7 +77,7 @@ def spans() -> list[tuple[int, int, int]]:
 # ---- What is measured -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("setting", "layer"), [(NARROW, 1), (WIDE, 0), (WIDE, 2), (SHARP, 1)])
+@pytest.mark.parametrize(("setting", "layer"), [(TRIED, 0), (TRIED, 2), (OTHER, 1)])
 def test_the_share_let_through_is_what_prefill_propagates(setting: Setting, layer: int):
     shares = []
     for i, first, stop in spans():
@@ -92,12 +92,12 @@ def test_the_shares_let_through_differ_between_settings_and_layers():
     assert 0 < found().propagated.mean() < 1
 
 
-@pytest.mark.parametrize("setting", [NARROW, WIDE, SHARP], ids=str)
+@pytest.mark.parametrize("setting", [TRIED, OTHER], ids=str)
 def test_the_share_kept_is_what_each_layers_heads_keep_of_the_full_context(setting: Setting):
     alone = fk.SnapKV(retention_rate=RATES["retention_rate"], **setting._asdict())
     place = found().settings.index(setting)
     for layer in range(4):
-        for method in (alone, fastkv(WIDE, 2)) if setting == WIDE and layer <= 2 else (alone,):
+        for method in (alone, fastkv(TRIED, 2)) if setting == TRIED and layer <= 2 else (alone,):
             heads = []
             for i, first, stop in spans():
                 kept = np.asarray(read(i, method).cache.layer(layer).positions[0])
@@ -109,10 +109,10 @@ def test_the_share_kept_is_what_each_layers_heads_keep_of_the_full_context(setti
 def test_the_overlap_is_that_of_the_sets_prefill_propagates():
     shares = []
     for i, end in enumerate(ENDS):
-        one, other = (set(np.asarray(read(i, fastkv(WIDE, layer)).propagated)[0].tolist()) for layer in (0, 2))
-        fixed = set(range(len(PROMPTS[i]) - WIDE.window_size - end, len(PROMPTS[i]))) | {-1}
+        one, other = (set(np.asarray(read(i, fastkv(TRIED, layer)).propagated)[0].tolist()) for layer in (0, 2))
+        fixed = set(range(len(PROMPTS[i]) - TRIED.window_size - end, len(PROMPTS[i]))) | {-1}
         shares.append(len((one & other) - fixed) / len(one - fixed))
-    overlap = found().overlap[found().settings.index(WIDE)]
+    overlap = found().overlap[found().settings.index(TRIED)]
     assert overlap[0, 2] == overlap[2, 0] == pytest.approx(np.mean(shares), abs=1e-6)
     np.testing.assert_allclose(np.diag(overlap), 1)
 
@@ -124,14 +124,14 @@ def hidden(logits) -> np.ndarray:
     return np.linalg.lstsq(np.asarray(head[...], np.float64), np.asarray(logits, np.float64)[0], rcond=None)[0]
 
 
-@pytest.mark.parametrize(("setting", "layer"), [(NARROW, 1), (WIDE, 0), (WIDE, 2)])
-def test_the_distance_is_that_of_the_hidden_states_behind_prefills_logits(setting: Setting, layer: int):
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_distance_is_that_of_the_hidden_states_behind_prefills_logits(layer: int):
     distances = []
     for i in range(len(PROMPTS)):
-        full, other = (hidden(read(i, method).logits) for method in (fk.FullKV(), fastkv(setting, layer)))
+        full, other = (hidden(read(i, method).logits) for method in (fk.FullKV(), fastkv(TRIED, layer)))
         distances.append(((full - other) ** 2).sum() / (full**2).sum())
-    measured = found().distance[found().finalists.index(setting), layer]
-    assert measured == pytest.approx(np.mean(distances), abs=LOGITS) and measured > 0.01
+    assert found().finalists == (TRIED,)
+    assert found().distance[0, layer] == pytest.approx(np.mean(distances), abs=LOGITS) and np.mean(distances) > 0.01
 
 
 def test_right_answers_are_those_that_generate_gives():
@@ -140,18 +140,13 @@ def test_right_answers_are_those_that_generate_gives():
         return sum(longest_run(made, sample.answer)[1] == len(sample.answer) for sample, made in said)
 
     assert found().right_full == right(fk.FullKV()) == 1 and found().answers == 3
-    measured = {
-        (setting, layer): int(found().right[found().finalists.index(setting), layer])
-        for setting, layer in ((NARROW, 1), (WIDE, 0), (WIDE, 2))
-    }
-    assert measured == {(setting, layer): right(fastkv(setting, layer)) for setting, layer in measured}
-    assert len(set(found().right.ravel().tolist())) > 1 and measured[WIDE, 0] >= 1
-    assert found().decided_by == "answers" and found().right_chosen >= 1
+    assert [found().right[0, layer] for layer in (0, 2)] == [right(fastkv(TRIED, layer)) for layer in (0, 2)] == [1, 0]
+    assert found().decided_by == "answers" and (found().tsp_layer, found().right_chosen) == (0, 1)
 
 
 def one_setting(samples, layers=LAYERS, **options):
-    """A calibration of `NARROW` alone: after `found`, hardly anything is left to compile."""
-    given = {"window_sizes": [4], "kernel_sizes": [7], "max_new_tokens": NEW, **RATES, **options}
+    """A calibration of `TRIED` alone: after `found`, hardly anything is left to compile."""
+    given = {"window_sizes": [8], "kernel_sizes": [7], "max_new_tokens": NEW, **RATES, **options}
     return calibrate(model_a(), samples, layers=layers, **given)
 
 
@@ -179,7 +174,7 @@ def test_candidate_layers_compile_nothing_of_their_own():
 
 
 def test_the_cost_is_counted_from_shapes():
-    c, method = model_a().config, fastkv(NARROW, 1)
+    c, method = model_a().config, fastkv(TRIED, 1)
     weights = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128  # q, k and v, o, MLP
     expected = 2 * 2 * (200 * weights + 200**2 * 64) + 2 * 2 * (80 * weights + 80**2 * 64)
     assert prefill_flops(c, effective_budgets(method, 200, 0, 4)) == expected
