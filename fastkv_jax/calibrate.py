@@ -195,34 +195,31 @@ def calibrate(
     finalists = min(finalists, len(settings))
     total, done = len(samples) * (1 + finalists * len(candidates)), 0
 
-    def step() -> None:
+    def counted(results: Iterable[Any]) -> Iterable[Any]:
         nonlocal done
-        done += 1
-        progress(done, total)
+        for result in results:
+            done += 1
+            progress(done, total)
+            yield result
 
-    surveys = []
-    for sample in samples:
-        surveys.append(_survey(run, sample, methods))
-        step()
+    surveys: list[_Survey] = list(counted(_survey(run, sample, methods) for sample in samples))
     propagated = _mean([survey.propagated for survey in surveys])
     kept_mean, kept_best = _mean([survey.mean for survey in surveys]), _mean([survey.best for survey in surveys])
     tried = _most_promising(propagated, kept_best, candidates)[:finalists]
-    distance = np.zeros((len(samples), finalists, len(candidates)))
+    distances = np.zeros((len(samples), finalists, len(candidates)))
     right = np.zeros((finalists, len(candidates)), np.int64)
     for (i, sample), (f, place) in product(enumerate(samples), enumerate(tried)):
-        for j, trial in enumerate(_trials(run, sample, methods[place], candidates)):
-            difference = trial.hidden - surveys[i].hidden
-            distance[i, f, j] = np.square(difference).sum() / np.square(surveys[i].hidden).sum()
-            right[f, j] += trial.right
-            step()
-    distance = distance.mean(axis=0)
+        trials: list[_Trial] = list(counted(_trials(run, sample, methods[place], candidates)))
+        distances[i, f] = [_distance(trial.hidden, surveys[i].hidden) for trial in trials]
+        right[f] += [trial.right for trial in trials]
+    distance = distances.mean(axis=0)
 
     best = tuple(settings[place] for place in tried)
     right_full = sum(survey.right for survey in surveys)
     countable = bool(right_full and right.any())
-    layer, setting = best_answering(candidates, best, right, right_full) if countable else (None, best[0])
+    setting = best_answering(candidates, best, right, right_full)[1] if countable else best[0]
     by_distance = earliest_close(candidates, distance[best.index(setting)], tolerance)
-    layer = by_distance if layer is None else layer
+    layer = best_answering(candidates, best, right, right_full)[0] if countable else by_distance
     chosen = FastKV(tsp_layer=layer, **rates, **setting._asdict())
     return Calibration(
         model=name,
@@ -387,6 +384,11 @@ def _agreement(passed: Bool[np.ndarray, "M L n"], fixed: Int[np.ndarray, " M"]) 
     common = np.einsum("min,mjn->mij", marks, marks, optimize=True) - fixed
     chosen = marks.sum(axis=2).max(axis=1)[:, None, None] - fixed
     return np.where(chosen > 0, common / np.maximum(chosen, 1), 1.0)
+
+
+def _distance(hidden: Float[np.ndarray, " E"], full: Float[np.ndarray, " E"]) -> float:
+    """Eq. 3, normalised as in figure 3."""
+    return float(np.square(hidden - full).sum() / np.square(full).sum())
 
 
 class _Trial(NamedTuple):
