@@ -6,6 +6,7 @@ V vocabulary, C capacity, M new tokens, W window. Arrays are laid out [B, heads,
 """
 
 from fastkv_jax.buckets import pad_batch
+from fastkv_jax.cache_file import load_cache, save_cache
 from fastkv_jax.calibrate import calibrate
 from fastkv_jax.checkpoint import load_model
 from fastkv_jax.config import LlamaConfig
@@ -67,9 +68,11 @@ __all__ = [
     "decode_step",
     "explain",
     "generate",
+    "load_cache",
     "load_model",
     "load_tokenizer",
     "pad_batch",
     "prefill",
+    "save_cache",
     "stream",
 ]

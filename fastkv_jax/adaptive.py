@@ -63,7 +63,7 @@ def run_adaptive(
     batch = prompt.tokens.shape[0]
     done = []
     for b in range(batch):
-        one = Prompt(*(field[b : b + 1] for field in prompt))
+        one = Prompt(prompt.tokens[b : b + 1], prompt.start[b : b + 1], prompt.window_end[b : b + 1])
         report_once = report if b == batch - 1 else None
         mine = None if past is None else past.row(b)
         done.append(_one_row(model, one, mine, static, call, report_once, disagreement or _disagreement))
@@ -80,24 +80,27 @@ def _one_row(model: Llama, prompt: Prompt, past, static: Static, call, report, d
     budgets = call(enter_budgets, model, prompt, static=static)
     at = call(enter, model, prompt, past, static=static)
     kept = call(budget, before.kept, budgets, budgets.n)
-    shape, segments, propagated, first_value = shape_of(before), [], None, None
+    shape, segments, chosen, first_value = shape_of(before), [], False, None
     first = method.first_layer(layers)
     for group in [np.arange(first + 1), *(np.array([i]) for i in range(first + 1, layers))]:
         entries = None if past is None else _past_of(past, group)
-        at, new = call(run_layers, model, at, kept, group, entries, stage=shape, static=static)
+        mine = kept if len(kept) == 1 else kept[group]
+        at, new = call(run_layers, model, at, mine, group, entries, stage=shape, static=static)
         segments.append(new)
         if report is not None:
             jax.block_until_ready(at.x)
             report(len(group))
         layer = int(group[-1])
-        if after is not None and propagated is None and layer < layers - 1:
+        if after is not None and not chosen and layer < layers - 1:
             value = disagreement(method, at, layer, after.tokens)
             first_value = value if first_value is None else first_value
             if value < method.threshold * first_value:
                 rows_in = call(budget, after.tokens, budgets, budgets.n)
                 shape = shape_of(after)
                 at = call(propagate, model, prompt, at, rows_in, stage=shape, static=static)
-                kept, propagated = call(budget, after.kept, budgets, rows_in), at.rows.positions
+                kept, chosen = call(budget, after.kept, budgets, rows_in), True
+    propagated = at.rows.positions  # all of them if no layer was chosen, in as many columns
+    propagated = jnp.pad(propagated, ((0, 0), (before.width - propagated.shape[1], 0)), constant_values=-1)
     return call(leave, model, at.x, (joined(segments),), past, budgets.n, propagated, static=static)
 
 
@@ -121,36 +124,17 @@ def joined(segments: list[SegmentKV]) -> SegmentKV:
     """Runs of layers as one, empty slots added in front of the shorter ones: decoding compiles once."""
     slots = max(segment.k.shape[3] for segment in segments)
 
-    def widen(a, fill):
-        widths = [(0, 0)] * a.ndim
-        widths[3] = (slots - a.shape[3], 0)
-        return a if a.shape[3] == slots else jnp.pad(a, widths, constant_values=fill)
-
-    parts = [(widen(s.k, 0), widen(s.v, 0), widen(s.positions, -1)) for s in segments]
-    return SegmentKV(*(jnp.concatenate(part) for part in zip(*parts, strict=True)), segments[0].sharing)
+    widened = [segment.widened(slots) for segment in segments]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *widened)
 
 
 def _stack(rows: list[Prefill]) -> Prefill:
     """Rows of one batch, each prefilled alone."""
     first = rows[0].cache
     segments = [row.cache.segments[0] for row in rows]
-    k, v, positions = (
-        jnp.concatenate([getattr(s, name) for s in segments], axis=1) for name in ("k", "v", "positions")
-    )
-    new = (jnp.concatenate([getattr(row.cache, name) for row in rows], axis=1) for name in ("k_new", "v_new"))
-    per_row = (jnp.concatenate([getattr(row.cache, name) for row in rows]) for name in ("filled", "position"))
-    cache = KVCache((SegmentKV(k, v, positions, segments[0].sharing),), *new, first.used, *per_row)
-    found = [row.propagated for row in rows]
-    propagated = None
-    if any(p is not None for p in found):
-        columns = max(p.shape[1] for p in found if p is not None)
-        everything = [_all_positions(row) if p is None else p for row, p in zip(rows, found, strict=True)]
-        columns = max([columns, *(p.shape[1] for p in everything)])
-        propagated = jnp.concatenate(
-            [jnp.pad(p, ((0, 0), (columns - p.shape[1], 0)), constant_values=-1) for p in everything]
-        )
-    return Prefill(jnp.concatenate([row.logits for row in rows]), cache, propagated)
-
-
-def _all_positions(row: Prefill):
-    return jnp.arange(int(row.cache.position[0]), dtype=jnp.int32)[None]
+    entries = jax.tree.map(lambda *rows: jnp.concatenate(rows, axis=1), *segments)
+    k_new, v_new = (jnp.concatenate([getattr(row.cache, name) for row in rows], axis=1) for name in ("k_new", "v_new"))
+    filled, position = (jnp.concatenate([getattr(row.cache, n) for row in rows]) for n in ("filled", "position"))
+    cache = KVCache((entries,), k_new, v_new, first.used, filled, position)
+    logits, propagated = (jnp.concatenate([getattr(row, name) for row in rows]) for name in ("logits", "propagated"))
+    return Prefill(logits, cache, propagated)

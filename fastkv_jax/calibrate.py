@@ -32,13 +32,14 @@ from fastkv_jax.calibration import Calibration, Setting, best_answering, earlies
 from fastkv_jax.config import LlamaConfig
 from fastkv_jax.errors import FastKVConfigError, InputError
 from fastkv_jax.generation import decode_chunks
-from fastkv_jax.inference import check_prompt, platform_of, prefill
+from fastkv_jax.inference import KERNELS, check_prompt, platform_of, prefill
 from fastkv_jax.inputs import Prompt, static_tail
 from fastkv_jax.methods import FastKV, FullKV
 from fastkv_jax.methods.base import Layer, Method
 from fastkv_jax.methods.budgets import check_int
 from fastkv_jax.methods.plan import Kept, effective_budgets
 from fastkv_jax.model import Llama, rms_norm
+from fastkv_jax.ops import Kernels, Ops
 from fastkv_jax.stages import (
     Budgets,
     Prefill,
@@ -54,7 +55,6 @@ from fastkv_jax.stages import (
     shape_of,
     stages_of,
 )
-from kernels_pallas import among_best
 
 ANSWER_TILE = 8  # answers up to so many tokens longer share a compilation
 REPEATS = 3  # timed prefills of each kind
@@ -141,7 +141,8 @@ class _Run(NamedTuple):
     def prompt(self, sample: Sample, method: Method) -> tuple[Prompt, Static]:
         tokens, start = pad_batch([sample.token_ids])
         prompt = check_prompt(self.model, tokens, start, sample.window_end, method, self.max_new_tokens)
-        return prompt, Static(method, self.max_new_tokens, static_tail(prompt.window_end), self.platform)
+        tail, kernels = static_tail(prompt.window_end), KERNELS[self.platform]
+        return prompt, Static(method, self.max_new_tokens, tail, self.platform, kernels)
 
 
 def calibrate(
@@ -338,7 +339,7 @@ def _survey(run: _Run, sample: Sample, methods: tuple[FastKV, ...]) -> _Survey:
     answer[: stop - first] = prompt.tokens.shape[1] - n + np.arange(first, stop)
     segments, passed, heads = [], [], []
     for i in range(num_layers):
-        rows, entries = _look(model, at, np.int32(i), tokens, kept, answer, methods=methods)
+        rows, entries = _look(model, at, np.int32(i), tokens, kept, answer, methods=methods, kernels=static.kernels)
         passed.append(np.asarray(rows)[:, -n:])
         heads.append(np.asarray(entries)[..., : stop - first])
         at, new = run_layers(model, at, everything, np.array([i]), None, stage=shape_of(stage), static=static)
@@ -355,13 +356,13 @@ def _survey(run: _Run, sample: Sample, methods: tuple[FastKV, ...]) -> _Survey:
     return _Survey(hidden, _is_right(run, result, sample), propagated, mean, best, _agreement(passed, fixed))
 
 
-@partial(jax.jit, static_argnames=("methods",))
+@partial(jax.jit, static_argnames=("methods", "kernels"))
 def _look(
-    model: Llama, at: Progress, index, tokens, kept, answer, *, methods: tuple[FastKV, ...]
+    model: Llama, at: Progress, index, tokens, kept, answer, *, methods: tuple[FastKV, ...], kernels: Kernels
 ) -> tuple[Bool[Array, "M S"], Bool[Array, "M K A"]]:
     """What each method (budgets tokens, kept [M]) would choose of the rows that enter a layer, as it would itself:
     rows that go on, and which of the columns `answer` [A] each KV head keeps."""
-    c = model.config
+    c, ops = model.config, Ops(kernels, model.mesh)
     block = model.layer(index)
     cos, sin = rope.angles(c.rope, c.head_dim, jnp.maximum(at.rows.positions, 0))
     q, k, v = block.qkv(at.x, cos, sin)
@@ -370,11 +371,11 @@ def _look(
     for method, rows_out, entries in zip(methods, tokens, kept, strict=True):
         window = jnp.full_like(at.rows.window, method.window_size)
         seen = Layer(q, k, v, *at.rows._replace(window=window), kept=entries[None], frequencies=frequencies,
-                     wo=block.wo[...])  # fmt: skip
+                     wo=block.wo[...], ops=ops)  # fmt: skip
         scores = method.scores(seen)
-        rows.append(among_best(seen.protect(scores.tokens), rows_out[None])[0])
+        rows.append(ops.among_best(seen.protect(scores.tokens)[:, None], rows_out[None, None])[0, 0])
         kv = seen.protect(scores.kv)
-        heads.append(among_best(kv, jnp.broadcast_to(entries, kv.shape[:2]))[0][:, answer])
+        heads.append(ops.among_best(kv, jnp.broadcast_to(entries, kv.shape[:2]))[0][:, answer])
     return jnp.stack(rows), jnp.stack(heads)
 
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from jaxtyping import Float, Int
 
 from fastkv_jax import presets
 from fastkv_jax.errors import FastKVConfigError
-from fastkv_jax.files import check_target, write_whole
+from fastkv_jax.files import check_target, replacing
 from fastkv_jax.methods import FastKV
 
 
@@ -154,7 +155,7 @@ class Calibration:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a preset (.yaml) that `--preset` takes, with the evidence beside it. The file is complete or absent."""
-        target = check_target(path, ".yaml")
+        check_path(path, ".yaml")
         rows = [
             f"{self.model or 'A model'}: {self.right_chosen} of {self.answers} answers right, full context "
             f"{self.right_full}; {self.flops_share:.0%} of the prefill's arithmetic.",
@@ -162,19 +163,27 @@ class Calibration:
         ]
         content = {"source": {"model": self.model}, "preset": self.preset(), "calibration": self.evidence()}
         text = "".join(f"# {row}\n" for row in rows) + yaml.dump(content, Dumper=_Lines, sort_keys=False, width=120)
-        write_whole(target, text.encode())
+        with replacing(path) as scratch:
+            scratch.write_text(text, encoding="utf-8")
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the curves (.png, needs matplotlib). The file is complete or absent."""
-        target = check_target(path, ".png")
+        check_path(path, ".png")
         try:
             import matplotlib.style
         except ImportError as error:
             raise FastKVConfigError("a .png needs matplotlib: pip install 'fastkv-jax[explain]'") from error
         style = {"font.size": 9, "axes.linewidth": 0.6, "text.color": INK, "axes.labelcolor": INK}
         style |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), QUIET)
-        with matplotlib.style.context(["default", style]):
-            write_whole(target, _draw(self))
+        with matplotlib.style.context(["default", style]), replacing(path) as scratch:
+            scratch.write_bytes(_draw(self))
+
+
+def check_path(path: str | os.PathLike[str], suffix: str) -> Path:
+    """The path, or `FastKVConfigError` for another suffix, `InputError` for a bad place."""
+    if Path(path).suffix.lower() != suffix:
+        raise FastKVConfigError(f"cannot write {path}: its name must end in {suffix}")
+    return check_target(path)
 
 
 class _Lines(yaml.SafeDumper):

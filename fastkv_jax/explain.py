@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from tokenizers.decoders import DecodeStream
 
 from fastkv_jax.errors import FastKVConfigError, InputError
-from fastkv_jax.files import check_target, write_whole
+from fastkv_jax.files import check_target, replacing
 from fastkv_jax.inference import Prefill
 
 
@@ -72,11 +73,22 @@ class Explanation:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a picture (.png, needs matplotlib) or a page that needs nothing but a browser (.html).
 
-        The file is complete or absent; one that is there is replaced. Raises `FastKVConfigError` for another suffix, a
-        folder in its place or no folder to hold it, or if matplotlib is missing.
+        The file is complete or absent; one that is there is replaced. Raises as `check_path`, and `FastKVConfigError`
+        if matplotlib is missing.
         """
-        target = check_target(path, *_RENDERERS)
-        write_whole(target, _RENDERERS[target.suffix.lower()](self))
+        render = check_path(path)
+        content = render(self)
+        with replacing(path) as scratch:
+            scratch.write_bytes(content)
+
+
+def check_path(path: str | os.PathLike[str]) -> Callable[[Explanation], bytes]:
+    """What makes a file of this name, or `FastKVConfigError` for another suffix, `InputError` for a bad place."""
+    render = _RENDERERS.get(Path(path).suffix.lower())
+    if render is None:
+        raise FastKVConfigError(f"cannot write {path}: its name must end in {' or '.join(_RENDERERS)}")
+    check_target(path)
+    return render
 
 
 def explain(result: Prefill, tokens: Any, tokenizer: Any = None, *, row: int = 0, start: Any = None) -> Explanation:

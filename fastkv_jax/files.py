@@ -1,30 +1,30 @@
-"""Writing a file so that it is either complete or absent."""
+"""Files that are whole or not there at all."""
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from fastkv_jax.errors import FastKVConfigError
+from fastkv_jax.errors import InputError
 
 
-def check_target(path: str | os.PathLike[str], *suffixes: str) -> Path:
-    """The path, or `FastKVConfigError` for another suffix, a folder in its place or no folder to hold it."""
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """Raise `InputError` if a file cannot stand there: a folder does, or the folder to hold it does not exist."""
     target = Path(path)
-    if target.suffix.lower() not in suffixes:
-        raise FastKVConfigError(f"cannot write {target}: its name must end in {' or '.join(suffixes)}")
     if target.is_dir():
-        raise FastKVConfigError(f"cannot write {target}: it is a folder")
+        raise InputError(f"cannot write {target}: it is a folder")
     if not target.absolute().parent.is_dir():
-        raise FastKVConfigError(f"cannot write {target}: there is no folder {target.parent}")
+        raise InputError(f"cannot write {target}: there is no folder {target.absolute().parent}")
     return target
 
 
-def write_whole(target: Path, content: bytes) -> None:
-    """Write or replace a file in one step.
-
-    It is made in a folder beside the target, so that it has the usual permissions and a failed write leaves nothing.
-    """
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path to write to, which takes the target's place if the block ends well and leaves nothing otherwise."""
+    target = check_target(path)
+    # In a folder beside the target, so that the file has the usual permissions and the rename is atomic.
     with tempfile.TemporaryDirectory(prefix=".writing", dir=target.absolute().parent) as scratch:
         complete = Path(scratch, target.name)
-        complete.write_bytes(content)
+        yield complete
         os.replace(complete, target)

@@ -4,7 +4,7 @@ prefill -> first token -> [decode, sample] x CHUNK -> tokens to the host -> [dec
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,10 @@ from jaxtyping import Array, Bool, Int, Key
 from fastkv_jax.attention import Platform
 from fastkv_jax.cache import KVCache
 from fastkv_jax.errors import CheckpointError, InputError
-from fastkv_jax.inference import Prefill, decode, prefill
+from fastkv_jax.inference import KERNELS, Prefill, decode, platform_of, prefill
 from fastkv_jax.methods.base import Method
 from fastkv_jax.model import Llama
+from fastkv_jax.ops import Kernels
 from fastkv_jax.sampling import Greedy, Sampler
 
 CHUNK = 8  # decode steps per call of the compiled loop: what a stream shows at once
@@ -32,6 +33,7 @@ class Generated:
 
     tokens: Int[Array, "B M"]
     lengths: Int[Array, " B"]
+    cache: KVCache  # prompt and answer, but for each answer's last token, which nobody has fed yet
 
 
 @struct.dataclass
@@ -60,13 +62,13 @@ def _first_token(prompt: Prefill, key, *, sampler: Sampler, stop_tokens: tuple[i
     return _Loop(token, _is_stop(token, stop_tokens), finite, jnp.ones((), jnp.int32), key, new)
 
 
-@partial(jax.jit, static_argnames=("sampler", "stop_tokens", "pad_token"), donate_argnames=("loop",))
-def _decode_chunk(model, segments, loop: _Loop, limit, *, sampler, stop_tokens, pad_token):
+@partial(jax.jit, static_argnames=("sampler", "stop_tokens", "pad_token", "kernels"), donate_argnames=("loop",))
+def _decode_chunk(model, segments, loop: _Loop, limit, *, sampler, stop_tokens, pad_token, kernels: Kernels):
     """Up to CHUNK steps of decode and sample; steps after the end of all rows or of the limit do nothing."""
 
     def step(loop: _Loop, _):
         def go(loop: _Loop):
-            logits, cache = decode(model, loop.token, KVCache(segments, *loop.new), ~loop.done)
+            logits, cache = decode(model, loop.token, KVCache(segments, *loop.new), ~loop.done, kernels=kernels)
             key, now = jax.random.split(loop.key)
             token = jnp.where(loop.done, pad_token, sampler(logits, now))
             finite = loop.finite & (jnp.isfinite(logits).all(axis=-1) | loop.done).all()
@@ -94,29 +96,31 @@ def decode_chunks(
     sampler: Sampler = Greedy(),  # noqa: B008 - a frozen value
     stop_tokens: Sequence[int] | None = None,
     key: Key[Array, ""] | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    kernels: Kernels | None = None,
+) -> Generator[tuple[np.ndarray, np.ndarray], None, KVCache]:
     """Tokens as they are made: (tokens [B, c] int32, done [B]), the first token alone, then up to CHUNK at a time.
 
+    The generator's own return value is the cache as it stands at the end.
     `prompt`'s cache is donated. Ends early when every row has met a stop token. Raises `InputError` if the cache has
     no room, `CheckpointError` at the first logits that are not finite.
     """
     if max_new_tokens > prompt.cache.max_new_tokens + 1:
         raise InputError(f"max_new_tokens={max_new_tokens} > {prompt.cache.max_new_tokens}, the room in the cache")
     if max_new_tokens < 1:
-        return
-    stops, pad = _stops(model, stop_tokens), model.config.pad_token or 0
+        return prompt.cache
+    stops = _stops(model, stop_tokens)
+    options = _options(model, sampler, stops, kernels)
     loop = _first_token(prompt, _key(sampler, key), sampler=sampler, stop_tokens=stops)
     _check_finite(loop, 0)
     yield np.asarray(loop.token)[:, None], np.asarray(loop.done)
     made = 1
     while made < max_new_tokens and not np.asarray(loop.done).all():
-        loop, chunk = _decode_chunk(
-            model, prompt.cache.segments, loop, max_new_tokens, sampler=sampler, stop_tokens=stops, pad_token=pad
-        )
+        loop, chunk = _decode_chunk(model, prompt.cache.segments, loop, max_new_tokens, **options)
         _check_finite(loop, made)
         count = int(loop.count) - made
         made += count
         yield np.asarray(chunk)[:count].T, np.asarray(loop.done)
+    return KVCache(prompt.cache.segments, *loop.new)
 
 
 def compile_decode(
@@ -125,12 +129,19 @@ def compile_decode(
     *,
     sampler: Sampler = Greedy(),  # noqa: B008 - a frozen value
     stop_tokens: Sequence[int] | None = None,
+    kernels: Kernels | None = None,
 ) -> jax.stages.Compiled:
     """Compile what `decode_chunks` with these arguments will run, so that it starts at once."""
-    stops, pad = _stops(model, stop_tokens), model.config.pad_token or 0
+    stops = _stops(model, stop_tokens)
     loop = _first_token(prompt, jax.random.key(0), sampler=sampler, stop_tokens=stops)
-    options = {"sampler": sampler, "stop_tokens": stops, "pad_token": pad}
+    options = _options(model, sampler, stops, kernels)
     return _decode_chunk.lower(model, prompt.cache.segments, loop, 1, **options).compile()
+
+
+def _options(model: Llama, sampler: Sampler, stops: tuple[int, ...], kernels: Kernels | None) -> dict[str, Any]:
+    kernels = kernels or KERNELS[platform_of(model)]
+    pad = model.config.pad_token or 0
+    return {"sampler": sampler, "stop_tokens": stops, "pad_token": pad, "kernels": kernels}
 
 
 def _stops(model: Llama, stop_tokens: Sequence[int] | None) -> tuple[int, ...]:
@@ -158,26 +169,32 @@ def generate(
     sampler: Sampler = Greedy(),  # noqa: B008 - a frozen value
     stop_tokens: Sequence[int] | None = None,
     key: Key[Array, ""] | None = None,
+    cache: KVCache | None = None,
     window_end: Any = 0,
     platform: Platform | None = None,
+    kernels: Kernels | None = None,
+    kv_dtype: str | None = None,
 ) -> Generated:
     """Prefill, then decode until every row met a stop token or `max_new_tokens` are made; arguments as in `prefill`.
 
-    `stop_tokens` None means the checkpoint's own list, () none.
+    `stop_tokens` None means the checkpoint's own list, () none. For the next turn pass the result's `cache`, and begin
+    its tokens with the last token of this answer.
     """
-    prompt = prefill(
-        model, tokens, start, method=method, max_new_tokens=max_new_tokens, window_end=window_end, platform=platform
-    )
+    options: dict[str, Any] = {"method": method, "max_new_tokens": max_new_tokens, "window_end": window_end}
+    options |= {"platform": platform, "kernels": kernels, "kv_dtype": kv_dtype}
+    prompt = prefill(model, tokens, start, cache=cache, **options)
     batch = prompt.logits.shape[0]
     out = np.full((batch, max_new_tokens), model.config.pad_token or 0, np.int32)
     lengths, running, made = np.zeros(batch, np.int32), np.ones(batch, bool), 0
     stops = _stops(model, stop_tokens)
-    for chunk, done in decode_chunks(
-        model, prompt, max_new_tokens=max_new_tokens, sampler=sampler, stop_tokens=stops, key=key
-    ):
+    chunks = decode_chunks(model, prompt, max_new_tokens=max_new_tokens, sampler=sampler, stop_tokens=stops, key=key)
+    while True:
+        try:
+            chunk, done = next(chunks)
+        except StopIteration as end:
+            return Generated(jnp.asarray(out), jnp.asarray(lengths), end.value)
         out[:, made : made + chunk.shape[1]] = chunk
         ended = np.isin(chunk, stops).cumsum(axis=1)
         counted = chunk.shape[1] - (ended > 0).sum(axis=1) + ended.any(axis=1)
         lengths += np.where(running, counted, 0)
         running, made = ~done, made + chunk.shape[1]
-    return Generated(jnp.asarray(out), jnp.asarray(lengths))

@@ -16,14 +16,16 @@ from fastkv_jax import rope
 from fastkv_jax.adaptive import Adaptive, run_adaptive
 from fastkv_jax.attention import Platform
 from fastkv_jax.cache import KVCache
-from fastkv_jax.errors import InputError
+from fastkv_jax.errors import FastKVConfigError, InputError
 from fastkv_jax.inputs import Prompt, check_batch, static_tail
 from fastkv_jax.methods.base import Method
 from fastkv_jax.model import Llama
+from fastkv_jax.ops import Kernels, Ops
 from fastkv_jax.stages import Prefill, Static, run_jit, run_stages
-from kernels_pallas import decode_attention
 
 GROUP = 5  # layers per call where progress is reported
+KERNELS: dict[Platform, Kernels] = {"cpu": "reference", "gpu": "gpu", "tpu": "tpu"}
+KV_DTYPES = ("int8", "float8_e4m3fn")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -41,6 +43,8 @@ def prefill(
     cache: KVCache | None = None,
     window_end: Any = 0,
     platform: Platform | None = None,
+    kernels: Kernels | None = None,
+    kv_dtype: str | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Prefill:
     """Read a batch of left-padded prompts: logits of their last tokens, and a cache of what the method keeps.
@@ -55,6 +59,8 @@ def prefill(
     window_end      tokens after the end of the question (a chat template's tail), one number or [B]: the observation
                     window ends before them, and they are always kept
     platform        "cpu", "gpu" or "tpu"; None: where the weights are
+    kernels         "tpu", "gpu", or "reference" for plain jax.numpy; None: the platform's own
+    kv_dtype        "int8" or "float8_e4m3fn": keep the prompt's entries in 8 bits; None: in the model's dtype
     progress        called with the number of layers done since the last call; the layers then run in several calls
 
     Compiles once per (method, T, B, max_new_tokens). NumPy arrays and lists are checked here (`InputError`,
@@ -62,7 +68,7 @@ def prefill(
     that chooses its layer while it runs (ASL) cannot be traced.
     """
     prompt = check_prompt(model, tokens, start, window_end, method, max_new_tokens, cache)
-    static = Static(method, max_new_tokens, static_tail(prompt.window_end), platform or platform_of(model))
+    static = _static(model, method, max_new_tokens, prompt, platform, kernels, kv_dtype)
     past = None if cache is None else cache.folded()
     if isinstance(method, Adaptive):
         if isinstance(prompt.tokens, Tracer):
@@ -83,11 +89,13 @@ def compile_prefill(
     cache: KVCache | None = None,
     window_end: Any = 0,
     platform: Platform | None = None,
+    kernels: Kernels | None = None,
+    kv_dtype: str | None = None,
     progress: bool = False,
 ) -> None:
     """Compile what `prefill` with these arguments, with or without `progress`, will run, so that it starts at once."""
     prompt = check_prompt(model, tokens, start, window_end, method, max_new_tokens, cache)
-    static = Static(method, max_new_tokens, static_tail(prompt.window_end), platform or platform_of(model))
+    static = _static(model, method, max_new_tokens, prompt, platform, kernels, kv_dtype)
     past = None if cache is None else cache.folded()
 
     def every_program(prompt: Prompt, past: KVCache | None) -> Prefill:
@@ -122,6 +130,14 @@ def check_prompt(
     return prompt
 
 
+def _static(model, method, max_new_tokens, prompt: Prompt, platform, kernels, kv_dtype) -> Static:
+    platform = platform or platform_of(model)
+    if kv_dtype not in (None, *KV_DTYPES):
+        raise FastKVConfigError(f"kv_dtype must be None or one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
+    tail = static_tail(prompt.window_end)
+    return Static(method, max_new_tokens, tail, platform, kernels or KERNELS[platform], kv_dtype)
+
+
 def platform_of(model: Llama) -> Platform:
     """Where the model's weights live; where jax would put them if they are traced."""
     weights = model.norm[...]
@@ -143,7 +159,9 @@ def _compile_and_call(program: Any, *args: Any, **static: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def decode_step(model: Llama, token: Any, cache: KVCache) -> tuple[Float[Array, "B V"], KVCache]:
+def decode_step(
+    model: Llama, token: Any, cache: KVCache, *, kernels: Kernels | None = None
+) -> tuple[Float[Array, "B V"], KVCache]:
     """Feed one token [B] per row: the logits that follow it, and the cache with its entries. The cache is donated.
 
     Raises `InputError` when the cache has no room left, never a clamped write (a traced cache is not checked).
@@ -151,11 +169,17 @@ def decode_step(model: Llama, token: Any, cache: KVCache) -> tuple[Float[Array, 
     if not isinstance(cache.used, Tracer) and int(cache.used) >= cache.max_new_tokens:
         slots = max(segment.k.shape[3] for segment in cache.segments) + cache.max_new_tokens
         raise InputError(f"cache is full ({slots}/{slots}): it has room for max_new_tokens={cache.max_new_tokens}")
-    return _decode_jit(model, jnp.asarray(token, jnp.int32), cache)
+    kernels = kernels or KERNELS[platform_of(model)]
+    return _decode_jit(model, jnp.asarray(token, jnp.int32), cache, kernels=kernels)
 
 
 def decode(
-    model: Llama, token: Int[Array, " B"], cache: KVCache, live: Bool[Array, " B"] | None = None
+    model: Llama,
+    token: Int[Array, " B"],
+    cache: KVCache,
+    live: Bool[Array, " B"] | None = None,
+    *,
+    kernels: Kernels = "reference",
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """One step without checks, jit or donation, to be a part of a larger program.
 
@@ -175,9 +199,11 @@ def decode(
         )
         k_mine, v_mine = (lax.dynamic_index_in_dim(buffer, index, keepdims=False) for buffer in (k_new, v_new))
         frozen = entries.k, entries.v, entries.positions
-        out = decode_attention(q[:, :, 0], *frozen, k_mine, v_mine, cache.filled + 1, heads=entries.heads)
+        extras = entries.heads, entries.k_scale, entries.v_scale
+        out = ops.decode_attention(q[:, :, 0], *frozen, k_mine, v_mine, cache.filled + 1, *extras)
         return (block.output(x, out[:, :, None]), k_new, v_new), None
 
+    ops = Ops(kernels, model.mesh)
     carry = x, cache.k_new, cache.v_new
     for segment, first, stop in zip(cache.segments, cache.edges, cache.edges[1:], strict=False):
         carry, _ = lax.scan(layer, carry, (jnp.arange(first, stop), segment))
@@ -194,4 +220,4 @@ def decode(
     return model.logits(x[:, 0]), cache
 
 
-_decode_jit = jax.jit(decode, donate_argnames=("cache",))
+_decode_jit = jax.jit(decode, donate_argnames=("cache",), static_argnames=("kernels",))

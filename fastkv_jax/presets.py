@@ -29,9 +29,8 @@ class Preset:
 
     def describe(self, method: str, built: Method) -> str:
         """One line for people: the settings in force."""
-        given = " ".join(
-            f"{name}={value}" for name, value in settings(built).items() if value is not None and value is not False
-        )
+        own = sorted(settings(built).items(), key=lambda item: not item[0].startswith("tsp"))  # the telling ones first
+        given = " ".join(f"{name}={value}" for name, value in own if value is not None and value is not False)
         return f"{self.name}: {method} {given}".rstrip() + f", window ends with the {self.window_end}"
 
 

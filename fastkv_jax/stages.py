@@ -25,7 +25,8 @@ from fastkv_jax.inputs import Prompt
 from fastkv_jax.methods.base import Layer, Method
 from fastkv_jax.methods.plan import Stage, static_plan
 from fastkv_jax.model import Llama
-from fastkv_jax.select import choose
+from fastkv_jax.ops import Kernels, Ops
+from fastkv_jax.select import Chosen, choose
 
 
 @struct.dataclass
@@ -44,6 +45,8 @@ class Static(NamedTuple):
     max_new_tokens: int
     tail: int  # an upper bound of window_end
     platform: Platform
+    kernels: Kernels = "reference"
+    kv_dtype: str | None = None  # of the prompt's entries: "int8" or "float8_e4m3fn"; None = the model's
 
 
 class Rows(NamedTuple):
@@ -178,7 +181,8 @@ def budget(table: Int[Array, "*L T"], budgets: Budgets, limit) -> Int[Array, "*L
 def propagate(model: Llama, prompt: Prompt, at: Progress, count, *, stage: Shape, static: Static) -> Progress:
     """Token-selective propagation: the best `count` rows go on, in the order of the text."""
     rows, width = at.rows, stage.width
-    chosen = choose(at.token_scores.max(axis=0), count, width)
+    ops = Ops(static.kernels, model.mesh)
+    chosen = Chosen(choose(at.token_scores.max(axis=0)[:, None], count[:, None], width, ops).columns[:, 0])
     positions = chosen.take(rows.positions, -1)
     if stage.restarts:
         first = rows.positions[:, -1:] - (prompt.tokens.shape[1] - 1)  # position of column 0
@@ -202,7 +206,7 @@ def run_layers(
     kept = jnp.broadcast_to(kept, (len(layers), kept.shape[1]))
     chex.assert_rank([x, rows.positions, kept], [3, 2, 2])
     chex.assert_equal_shape_prefix([x, rows.positions], 2)
-    c = model.config
+    c, ops = model.config, Ops(static.kernels, model.mesh)
     columns = jnp.arange(rows.positions.shape[1])
     places = columns - rows.start[:, None] if stage.renumbered else rows.positions
     cos, sin = rope.angles(c.rope, c.head_dim, jnp.maximum(places, 0))
@@ -217,13 +221,16 @@ def run_layers(
             if past is None:
                 attended = attention(q, k, v, rows.start, platform=static.platform, mesh=model.mesh)
             else:
-                attended = attention_after((past.k, past.v, past.positions >= 0, past.heads), q, k, v, rows.start)
+                old = past.dequantized(k.dtype)
+                attended = attention_after((old.k, old.v, old.positions >= 0, old.heads), q, k, v, rows.start)
             x = block.output(x, attended)
         with jax.named_scope("compress"):
-            seen = Layer(q, k, v, *rows, kept=kept, frequencies=frequencies, wo=block.wo[...])
+            seen = Layer(q, k, v, *rows, kept=kept, frequencies=frequencies, wo=block.wo[...], ops=ops)
             scores = static.method.scores(seen)
             token_scores = jnp.concatenate([token_scores[1:], seen.protect(scores.tokens)[None]])
-            entries = None if stage.capacity == 0 else _keep(seen, seen.protect(scores.kv), stage)
+            entries = None if stage.capacity == 0 else keep(seen, seen.protect(scores.kv), stage)
+            if entries is not None and static.kv_dtype is not None:
+                entries = entries.quantized(static.kv_dtype)
         if past is not None and entries is not None:
             entries = past.extended(entries, c.num_kv_heads)
         return (x, token_scores), entries
@@ -232,7 +239,7 @@ def run_layers(
     return Progress(x, rows, token_scores), entries
 
 
-def _keep(layer: Layer, scores, stage: Shape) -> SegmentKV:
+def keep(layer: Layer, scores, stage: Shape) -> SegmentKV:
     """The best entries of each cache head, or of all heads together; all if the capacity is None."""
     heads, tokens = scores.shape[1:]
     k, v = (jnp.repeat(a, heads // a.shape[1], axis=1) for a in (layer.k, layer.v))  # per query head where published
@@ -240,12 +247,12 @@ def _keep(layer: Layer, scores, stage: Shape) -> SegmentKV:
     if stage.capacity is None:
         return SegmentKV(k, v, positions)
     if not stage.shared:
-        chosen = choose(scores, layer.kept[:, None], stage.capacity)
+        chosen = choose(scores, layer.kept[:, None], stage.capacity, layer.ops)
         return SegmentKV(chosen.take(k, 0), chosen.take(v, 0), chosen.take(positions, -1))
     codes = jnp.where(positions >= 0, positions * heads + jnp.arange(heads)[:, None], -1)
     scores, codes = scores.reshape(-1, 1, heads * tokens), codes.reshape(-1, 1, heads * tokens)
     k, v = (a.reshape(a.shape[0], 1, heads * tokens, -1) for a in (k, v))
-    chosen = choose(scores, heads * layer.kept[:, None], stage.capacity)
+    chosen = choose(scores, heads * layer.kept[:, None], stage.capacity, layer.ops)
     return SegmentKV(chosen.take(k, 0), chosen.take(v, 0), chosen.take(codes, -1), sharing=heads)
 
 
@@ -253,7 +260,7 @@ def _keep(layer: Layer, scores, stage: Shape) -> SegmentKV:
 def leave(model: Llama, x, segments: tuple[SegmentKV, ...], past, length, propagated, *, static: Static) -> Prefill:
     """Logits of the last row, and the cache with an empty buffer for decoded tokens."""
     position = length if past is None else past.position + length
-    cache = KVCache.empty_after(segments, position, static.max_new_tokens, model.config.num_kv_heads)
+    cache = KVCache.empty_after(segments, position, static.max_new_tokens, model.config.num_kv_heads, x.dtype)
     return Prefill(model.logits(x[:, -1]), cache, propagated)
 
 

@@ -87,6 +87,13 @@ def encode_raw(tokenizer: Any, text: str, *, split_special_tokens: bool = False)
     return EncodedPrompt(ids, 0, len(ids))
 
 
+def continue_with(tokenizer: Any, text: str, *, split_special_tokens: bool = False) -> list[int]:
+    """Tokens of a text that goes on where another has ended."""
+    return list(
+        tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=split_special_tokens)["input_ids"]
+    )
+
+
 def encode_chat(
     tokenizer: Any,
     prompt: str,

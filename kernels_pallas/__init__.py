@@ -3,13 +3,16 @@
     window_scores      how much the last W queries attend to every key, pooled and summed over each GQA group
     select             the exact top-k positions of a score, ascending, ties to the lowest index, without a sort
     decode_attention   one query per row against frozen prompt entries and the decoded ones
+    quantize           keys and values in 8 bits for it
+
+Each runs as the reference, or as the kernels of a platform: implementation="tpu" or "gpu".
 
 Letters: B batch, H query heads, K KV heads, G = H/K, N cache heads, W window, T tokens, C capacity, M new tokens,
 D head dim.
 """
 
-from kernels_pallas.decode_attention import decode_attention
+from kernels_pallas.decode_attention import decode_attention, quantize
 from kernels_pallas.select import among_best, select
 from kernels_pallas.window_scores import pool, window_scores
 
-__all__ = ["among_best", "decode_attention", "pool", "select", "window_scores"]
+__all__ = ["among_best", "decode_attention", "pool", "quantize", "select", "window_scores"]

@@ -1,4 +1,4 @@
-"""Write a long document of our own making, with a few facts hidden in it, to stdout: `make_document.py --words 2500`."""
+"""Write a long document of our own making, with a few facts hidden in it: `make_document.py --words 2500`."""
 
 import argparse
 import sys

@@ -15,3 +15,12 @@ def smollm2_path() -> Path:
     from fastkv_jax.checkpoint import known_models
 
     return known_models.fetch("smollm2-135m", quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def few_enough_compiled_programs():
+    """XLA maps each CPU program into memory in many pieces, and Linux allows a process 65,530 of them."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()

@@ -124,3 +124,24 @@ def test_layers_of_one_run(cache):
     assert cache.run(3, 5).k.shape[0] == 2
     with pytest.raises(IndexError, match="layers 1..2 are not in one of the runs"):
         cache.run(1, 3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+def test_entries_of_8_bits_are_near_and_travel_with_their_scales(dtype):
+    random = np.random.default_rng(0)
+    k = jnp.asarray(random.normal(size=(1, 1, 3, 4, 8)), jnp.float32)
+    whole = SegmentKV(k, 2 * k, entries(3, 4).positions)
+    small = whole.quantized(dtype)
+    assert small.k.dtype == dtype and small.k_scale.shape == (1, 1, 3, 4)
+    size = lambda segment: sum(a.nbytes for a in jax.tree.leaves(segment))  # noqa: E731
+    assert size(small) < 0.5 * size(whole)
+    near = small.dequantized(jnp.float32)
+    np.testing.assert_allclose(near.k, k, rtol=0, atol=0.1)
+    np.testing.assert_allclose(near.v, 2 * k, rtol=0, atol=0.2)
+    joined = small.extended(whole, 3).dequantized(jnp.float32)
+    np.testing.assert_array_equal(joined.k[..., :4, :], joined.k[..., 4:, :])
+    flat = small.flat(3).dequantized(jnp.float32).by_head()
+    np.testing.assert_array_equal(flat.k[..., -4:, :], near.k)
+    wide = small.widened(6).dequantized(jnp.float32)
+    np.testing.assert_array_equal(wide.k[..., -4:, :], near.k)
+    assert (np.asarray(wide.positions[..., :2]) == -1).all() and whole.dequantized(jnp.float32) is whole

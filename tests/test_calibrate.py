@@ -412,7 +412,7 @@ def test_a_file_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     for write, suffix in ((found().save, ".yaml"), (found().plot, ".png")):
         with pytest.raises(fk.FastKVConfigError, match=f"its name must end in {suffix}"):
             write(tmp_path / "x.txt")
-        with pytest.raises(fk.FastKVConfigError, match="there is no folder"):
+        with pytest.raises(fk.InputError, match="there is no folder"):
             write(tmp_path / "no" / f"x{suffix}")
     monkeypatch.setitem(sys.modules, "matplotlib.style", None)
     with pytest.raises(fk.FastKVConfigError, match=r"pip install 'fastkv-jax\[explain\]'"):

@@ -16,12 +16,12 @@ FILES = {
     for file in sorted((ROOT / package).rglob("*.py"))
 }
 GROUPS = ("checkpoint", "cli", "evals", "methods")  # packages inside fastkv_jax; all other modules stand for themselves
-LEVEL_1 = {"errors", "config", "rope", "select", "buckets", "attention", "sharding", "inputs", "files"}
+LEVEL_1 = {"errors", "config", "rope", "select", "buckets", "attention", "sharding", "inputs", "files", "ops"}
 MIDDLE = LEVEL_1 | {"cache", "methods", "model", "sampling", "kernels_pallas"}
 MAY_IMPORT = {
-    **dict.fromkeys(LEVEL_1, {"errors", "config", "buckets", "kernels_pallas"}),
+    **dict.fromkeys(LEVEL_1, {"errors", "config", "buckets", "ops", "kernels_pallas"}),
     "kernels_pallas": {"kernels_pallas"},
-    "cache": {"errors", "select"},
+    "cache": {"errors", "kernels_pallas", "ops", "select"},
     "methods": LEVEL_1 | {"methods", "kernels_pallas"},
     "model": {"config", "rope"},
     "sampling": {"errors"},
@@ -30,12 +30,15 @@ MAY_IMPORT = {
     "inference": MIDDLE | {"stages", "adaptive"},
     "generation": MIDDLE | {"inference"},
     "presets": MIDDLE | {"inference"},
+    "costs": {"config", "methods"},
+    "scoring": MIDDLE | {"stages", "inference"},
     "checkpoint": MIDDLE | {"inference", "checkpoint"},
+    "cache_file": MIDDLE | {"checkpoint"},
     "text": MIDDLE | {"inference", "checkpoint"},
     "stream": MIDDLE | {"inference", "generation", "checkpoint", "text"},
-    "explain": MIDDLE | {"inference", "checkpoint", "text"},
     "calibration": MIDDLE | {"presets"},
     "calibrate": MIDDLE | {"stages", "adaptive", "inference", "generation", "checkpoint", "text", "calibration"},
+    "explain": MIDDLE | {"inference", "checkpoint", "text"},
 }
 PUBLIC = {"fastkv_jax", "cli", "evals", "__main__"}  # may import everything below; "fastkv_jax" is its __init__
 

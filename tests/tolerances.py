@@ -4,8 +4,10 @@ LOGITS = 1e-4  # next-token logits of the small models against a recording or th
 CACHE = 2e-4  # keys and values against the same
 FLOAT16 = 5e-3  # both, where the recorded code computed attention in float16
 SAME = 2e-5  # the library against itself by another route (padding, batch, mesh): only the order of sums differs
-SCORES = 1e-6  # window scores against float64
+SCORES = 1e-6  # window scores against float64, a row of weights sums to 1
+SCORES_RELATIVE = 1e-5  # beside it: heads of a group and averages add up
 ATTENTION = 5e-6  # attention against float64
+ATTENTION_LARGE = 1e-4  # the same with logits of size 1000, whose float32 error is 1000 times the unit's
 ATTENTION_BF16 = 3e-2  # values of size 1 in bfloat16 (8 bits), averaged
 LOGITS_BF16 = 0.5  # four random layers in bfloat16, logits of size 3: the right order of magnitude, no more
 

@@ -89,12 +89,12 @@ def _run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """All that needs neither model nor questions."""
-    from fastkv_jax.files import check_target
+    from fastkv_jax.calibration import check_path
     from fastkv_jax.methods import FastKV
 
     for flag, suffix in (("output", ".yaml"), ("plot", ".png")):
         name = getattr(options, flag)
-        if name is not None and check_target(name, suffix).exists() and not options.overwrite:
+        if name is not None and check_path(name, suffix).exists() and not options.overwrite:
             raise InputError(f"--{flag} {name} exists; give --overwrite to replace it")
     for flag, least in (("count", 1), ("seed", 0), ("finalists", 1), ("max_new_tokens", 1)):
         value = getattr(options, flag)

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastkv_jax import generation, inference, text
 from fastkv_jax.buckets import pad_batch
+from fastkv_jax.cache import KVCache
 from fastkv_jax.cli.prompts import Request
 from fastkv_jax.config import LlamaConfig
 from fastkv_jax.errors import InputError
@@ -17,6 +18,7 @@ from fastkv_jax.inputs import check_lengths
 from fastkv_jax.methods import Method
 from fastkv_jax.methods.plan import Kept, effective_budgets
 from fastkv_jax.model import Llama
+from fastkv_jax.ops import Kernels
 from fastkv_jax.sampling import Sampler
 
 LONG_PROMPT = 2048  # columns from which a prefill reports its progress
@@ -61,6 +63,7 @@ class Encoded:
     token_ids: list[int]
     window_end: int
     cut: int
+    tail: int = 0  # tokens of template after the user's words
 
 
 def encode(tokenizer: Any, request: Request, config: LlamaConfig, options: PromptOptions) -> Encoded:
@@ -87,7 +90,8 @@ def encode(tokenizer: Any, request: Request, config: LlamaConfig, options: Promp
         encoded = encoded.truncated(room, options.truncate)
     check_lengths(np.array([len(encoded.token_ids)]), config, options.max_new_tokens)
     window_end = encoded.window_end if options.window_at_question else 0
-    return Encoded(encoded.token_ids, min(window_end, len(encoded.token_ids) - 1), length - len(encoded.token_ids))
+    ids, tail = encoded.token_ids, encoded.window_end
+    return Encoded(ids, min(window_end, len(ids) - 1), length - len(ids), min(tail, len(ids) - 1))
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,15 @@ class Engine:
     seed: int
     max_new_tokens: int
     stops: Sequence[str]
+    cache: KVCache | None = None  # what stands before every prompt
+    kernels: Kernels | None = None
+    kv_dtype: str | None = None
+
+    def read(self, token_ids: list[int]) -> tuple[inference.Prefill, np.ndarray, np.ndarray]:
+        """Prefill of a document alone, and its padded tokens and start."""
+        tokens, start = pad_batch([token_ids])
+        result = inference.prefill(self.model, tokens, start, **self._options(0))
+        return jax.block_until_ready(result), tokens, start
 
     def answer(
         self,
@@ -108,16 +121,21 @@ class Engine:
         on_text: Callable[[str], object] = lambda piece: None,
         on_compile: Callable[[str, float], object] = lambda program, seconds: None,
         progress: Callable[[int], object] | None = None,
+        on_prefill: Callable[[inference.Prefill, np.ndarray, np.ndarray], object] = lambda *read: None,
     ) -> Answer:
-        """Run a request; `on_text` gets each piece that is certain. Ctrl-C while decoding ends the answer early."""
+        """Run a request; `on_text` gets each piece that is certain. Ctrl-C while decoding ends the answer early.
+
+        `on_prefill` gets the result, tokens and start before decoding takes the cache.
+        """
         tokens, start = pad_batch([prompt.token_ids])
         answer = Answer(prompt_tokens=len(prompt.token_ids), bucket=tokens.shape[1])
         answer.kept = effective_budgets(
             self.method, answer.prompt_tokens, prompt.window_end, self.model.config.num_layers
         )
         result = self._prefill(answer, tokens, start, prompt.window_end, on_compile, progress)
+        on_prefill(result, tokens, start)
         with _Timer() as timer:
-            generation.compile_decode(self.model, result, sampler=self.sampler)
+            generation.compile_decode(self.model, result, sampler=self.sampler, kernels=self.kernels)
         answer.compile_s += timer.seconds
         on_compile("decode", timer.seconds)
         began = time.perf_counter()
@@ -129,7 +147,7 @@ class Engine:
         return answer
 
     def _prefill(self, answer: Answer, tokens, start, window_end: int, on_compile, progress) -> inference.Prefill:
-        options = {"method": self.method, "max_new_tokens": self.max_new_tokens, "window_end": window_end}
+        options = self._options(self.max_new_tokens) | {"window_end": window_end}
         progress = progress if answer.bucket >= LONG_PROMPT else None
         with _Timer() as timer:
             inference.compile_prefill(self.model, tokens, start, **options, progress=progress is not None)
@@ -139,6 +157,15 @@ class Engine:
             result = jax.block_until_ready(inference.prefill(self.model, tokens, start, **options, progress=progress))
         answer.prefill_s = timer.seconds
         return result
+
+    def _options(self, new: int) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "max_new_tokens": new,
+            "cache": self.cache,
+            "kernels": self.kernels,
+            "kv_dtype": self.kv_dtype,
+        }
 
     def _decode(self, answer: Answer, result: inference.Prefill, on_text: Callable[[str], object]) -> None:
         stream, matcher = text.TextStream(self.tokenizer), text.StopMatcher(self.stops)
@@ -151,9 +178,8 @@ class Engine:
                 on_text(safe)
             return stopped
 
-        chunks = generation.decode_chunks(
-            self.model, result, max_new_tokens=self.max_new_tokens, sampler=self.sampler, key=jax.random.key(self.seed)
-        )
+        options = {"sampler": self.sampler, "key": jax.random.key(self.seed), "kernels": self.kernels}
+        chunks = generation.decode_chunks(self.model, result, max_new_tokens=self.max_new_tokens, **options)
         for chunk, _ in chunks:
             for token in chunk[0].tolist():
                 answer.token_ids.append(token)

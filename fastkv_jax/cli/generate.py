@@ -16,12 +16,21 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from fastkv_jax import presets
 from fastkv_jax.cli import common, prompts, report, settings
+from fastkv_jax.cli.engine import Encoded, Engine, PromptOptions, encode
+from fastkv_jax.cli.saved import Saved, save, words_and_tail
 from fastkv_jax.errors import FastKVConfigError, InputError
+from fastkv_jax.explain import check_path, explain
+from fastkv_jax.files import check_target
+from fastkv_jax.methods import FullKV
+from fastkv_jax.methods.plan import layers_run
+
+KV_DTYPES = {"int8": "int8", "fp8": "float8_e4m3fn"}
 
 
 def parser() -> common.Parser:
@@ -51,8 +60,25 @@ def parser() -> common.Parser:
         "--truncate", choices=("left", "right", "middle"), help="cut a prompt that is too long (default: an error)"
     )
     settings.add_method_flags(parser)
+    parser.add_argument(
+        "--kv-dtype", choices=tuple(KV_DTYPES), help="keep the prompt's entries in 8 bits (default: the model's dtype)"
+    )
+    parser.add_argument(
+        "--kernels", choices=("reference", "tpu", "gpu"), help="reference = plain jax.numpy (default: the platform's)"
+    )
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    group.add_argument(
+        "--explain", metavar="FILE", help="a picture of what was kept of the prompt: a page (.html) or an image (.png)"
+    )
+    group.add_argument(
+        "--save-cache",
+        metavar="FILE",
+        help="keep what was read of the prompt, before the answer, for --load-cache; -n 0 then answers nothing",
+    )
+    group.add_argument(
+        "--load-cache", metavar="FILE", help="go on from a saved prompt: --prompt or --input bring only the questions"
+    )
     group.add_argument(
         "--stream-interval", type=int, default=1, metavar="N", help="print after every N pieces, >= 1 (default: 1)"
     )
@@ -82,7 +108,7 @@ def _run(options: argparse.Namespace) -> int:
 def check(options: argparse.Namespace) -> None:
     """Ranges of all flags that need no model. Raises `FastKVConfigError` naming flag, value and range."""
     rules: list[tuple[str, bool, str]] = [
-        ("max_new_tokens", options.max_new_tokens >= 1, ">= 1"),
+        ("max_new_tokens", options.max_new_tokens >= (options.save_cache is None), ">= 1 (0 with --save-cache)"),
         ("temperature", math.isfinite(options.temperature) and options.temperature >= 0, "finite and >= 0"),
         ("top_p", 0 < options.top_p <= 1, "in (0, 1]"),
         ("top_k", options.top_k >= 0, ">= 0 (0 = off)"),
@@ -100,6 +126,20 @@ def check(options: argparse.Namespace) -> None:
         raise FastKVConfigError("--json and --input exclude each other; --input always writes JSON lines")
     if options.output is not None:
         _check_output(Path(options.output), options.overwrite)
+    if options.explain is not None:
+        check_path(options.explain)
+    for flag in ("save_cache", "explain"):
+        if getattr(options, flag) is not None and options.input is not None:
+            raise FastKVConfigError(f"--{flag.replace('_', '-')} is for one prompt; --input brings many")
+    if options.save_cache is not None:
+        check_target(options.save_cache)
+        if options.prefill is not None or options.load_cache is not None:
+            raise FastKVConfigError("--save-cache has no place for --prefill or --load-cache")
+    if options.load_cache is not None and (given := settings.given(options)):
+        flag = next(iter(given)).replace("_", "-")
+        raise FastKVConfigError(f"--load-cache brings its own settings; --{flag} has no place beside it")
+    if options.load_cache is not None and options.truncate is not None:
+        raise FastKVConfigError("--load-cache has no place for --truncate")
     settings.check(options)
 
 
@@ -116,21 +156,25 @@ def _generate(options: argparse.Namespace, requests: list[prompts.Request], plat
     import jax
 
     from fastkv_jax import checkpoint, text
-    from fastkv_jax.cli.engine import Engine
     from fastkv_jax.sampling import Greedy, Sample
 
     say = report.Reporter(quiet=options.quiet)
     dtype = common.dtype_for(options, platform)
     found = checkpoint.resolve(options.model, progress=not options.quiet)
     config = checkpoint.inspect(found)
+    saved = None if options.load_cache is None else Saved.read(options.load_cache)
     preset, method = settings.method(options, found.name, config.num_layers)
     tokenizer = text.load_tokenizer(found)
     text.check_vocabulary(tokenizer, config)
     chat = _use_chat(options, text.has_chat_template(tokenizer), requests)
-    jobs = list(_encode_all(options, requests, tokenizer, config, preset, chat))
+    jobs = list(_encode_all(options, requests, tokenizer, config, preset, chat, saved))
     say.header(platform, dtype)  # nothing is said before all checks are passed: an error is one line
-    say.line("preset", preset.describe(options.method, method))
-    say.line("prompt", "through the chat template" if chat else "raw, without a chat template")
+    if saved is None:
+        say.line("preset", preset.describe(options.method, method))
+        say.line("prompt", "through the chat template" if chat else "raw, without a chat template")
+    else:
+        method = FullKV()  # of a question everything stays
+        say.line("cache", f"{saved.path}: {saved.tokens:,} tokens read by {saved.method}")
     for request, job in jobs:
         say.job(request.id, job, options.truncate)
     if options.dry_run:
@@ -145,12 +189,17 @@ def _generate(options: argparse.Namespace, requests: list[prompts.Request], plat
         note(f"{sum(a.nbytes for a in jax.tree.leaves(model)) / 1e9:.2f} GB")
     greedy = options.temperature == 0
     sampler = Greedy() if greedy else Sample(options.temperature, options.top_p, options.top_k, options.min_p)
-    engine = Engine(model, tokenizer, method, sampler, options.seed, options.max_new_tokens, options.stop)
+    cache = None if saved is None else saved.load(model, tokenizer)
+    engine = Engine(
+        model, tokenizer, method, sampler, options.seed, options.max_new_tokens, options.stop, cache,
+        options.kernels, KV_DTYPES.get(options.kv_dtype),
+    )  # fmt: skip
     effective = {
         "preset": preset.name,
-        "method": options.method,
+        "method": options.method if saved is None else saved.method,
         **presets.settings(method),
         "dtype": dtype,
+        "kv_dtype": options.kv_dtype,
         "platform": platform,
     }
     if options.input is None:
@@ -167,10 +216,8 @@ def _use_chat(options: argparse.Namespace, has_template: bool, requests: list[pr
     return chat
 
 
-def _encode_all(options, requests, tokenizer, config, preset, chat) -> Iterator[tuple[prompts.Request, Any]]:
+def _encode_all(options, requests, tokenizer, config, preset, chat, saved) -> Iterator[tuple[prompts.Request, Any]]:
     """Every request with its tokens; in a batch, one that does not fit is answered by its error."""
-    from fastkv_jax.cli.engine import PromptOptions, encode
-
     limit, name = config.max_position_embeddings, "max_position_embeddings"
     if options.max_seq_len is not None:
         if options.max_seq_len > limit:
@@ -189,7 +236,11 @@ def _encode_all(options, requests, tokenizer, config, preset, chat) -> Iterator[
     )
     for request in requests:
         try:
-            job = encode(tokenizer, request, config, how)
+            if saved is None:
+                job = encode(tokenizer, request, config, how)
+            else:
+                new, split = options.max_new_tokens, options.split_special_tokens
+                job = saved.encode(tokenizer, request, config, new, split)
         except InputError as error:
             if options.input is None:
                 raise
@@ -200,15 +251,40 @@ def _encode_all(options, requests, tokenizer, config, preset, chat) -> Iterator[
 
 def _one(options, engine, job, say, effective: dict[str, Any]) -> int:
     """One answer, streamed to stdout."""
+
+    def picture(result: Any, tokens: Any, start: Any) -> None:
+        if options.explain is not None and engine.cache is None:  # of what is read first
+            explanation = explain(result, tokens, engine.tokenizer, start=start)
+            explanation.save(options.explain)
+            for line in explanation.summary().splitlines():
+                say.line("explain", line)
+
+    if options.save_cache is not None:
+        engine, job = _read_and_save(options, engine, job, say, picture)
+        if options.max_new_tokens == 0:
+            return common.OK
     out = report.AnswerWriter(sys.stdout, options.stream_interval, strip_controls=options.no_color)
     show = (lambda piece: None) if options.json else out.write
-    with _terminable(), say.progress(engine.model.config.num_layers, job) as progress:
-        answer = engine.answer(job, show, say.compiled, progress)
+    with _terminable(), say.progress(layers_run(engine.method, engine.model.config.num_layers), job) as progress:
+        answer = engine.answer(job, show, say.compiled, progress, picture)
     if options.json:
         out.write(json.dumps(report.as_json(answer, effective), ensure_ascii=False, allow_nan=False))
     out.finish()
     say.stats(answer, engine.method, options.method)
     return common.INTERRUPTED if answer.finish_reason == "interrupted" else common.OK
+
+
+def _read_and_save(options, engine, job, say, picture) -> tuple[Any, Any]:
+    """Read the prompt's words and keep them in a file; what is left to do: answer the template's tail after them."""
+    words, tail = words_and_tail(job)
+    with say.timed("reading", f"{len(words):,} tok") as note:
+        result, tokens, start = engine.read(words)
+        picture(result, tokens, start)
+        save(options.save_cache, result.cache, engine.model, engine.tokenizer, job, engine.method)
+        note(f"{options.save_cache}: {Path(options.save_cache).stat().st_size / 1e6:.1f} MB")
+    if not tail and options.max_new_tokens:
+        raise InputError("--save-cache answers only through a chat template; give -n 0, and ask with --load-cache")
+    return replace(engine, cache=result.cache, method=FullKV()), Encoded(tail, 0, 0)
 
 
 def _many(options, engine, jobs, say) -> int:

@@ -66,14 +66,15 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:
     """The types of a union, or the type itself; a tuple of numbers counts as the number too."""
-    parts = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+    union = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    parts: tuple[Any, ...] = typing.get_args(kind) if union else (kind,)
     return (*parts, *(t for part in parts if typing.get_origin(part) is tuple for t in typing.get_args(part)))
 
 
 def _one_or_several(scalar: type, *, always: bool) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
-        values = tuple(scalar(part) for part in text.split(","))
-        return values if always or len(values) > 1 else values[0]
+        values = [scalar(part) for part in text.split(",")]
+        return tuple(values) if always or len(values) > 1 else values[0]
 
     parse.__name__ = scalar.__name__  # argparse names it in its error
     return parse
@@ -83,16 +84,17 @@ def check(options: argparse.Namespace) -> None:
     """Raise `FastKVConfigError` for settings that cannot work with any model."""
     preset = presets.load(options.preset) if options.preset else presets.for_model(options.model)
     with warnings.catch_warnings(action="ignore"):  # `method` repeats them
-        presets.build(options.method, preset, _given(options), num_layers=None)
+        presets.build(options.method, preset, given(options), num_layers=None)
 
 
 def method(options: argparse.Namespace, model: str, num_layers: int) -> tuple[presets.Preset, Method]:
     """The preset in use and the method it makes with the flags given."""
     preset = presets.load(options.preset) if options.preset else presets.for_model(model)
-    return preset, presets.build(options.method, preset, _given(options), num_layers)
+    return preset, presets.build(options.method, preset, given(options), num_layers)
 
 
-def _given(options: argparse.Namespace) -> dict[str, Any]:
+def given(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that flags have set."""
     return {name: getattr(options, name) for name in _settings() if getattr(options, name) is not None}
 
 

@@ -37,4 +37,26 @@ METHODS: dict[str, type] = {
     "criticalkv": CriticalKV,
 }
 
-__all__ = ["METHODS", "Layer", "Method", "Scores", "Segment", *(method.__name__ for method in METHODS.values())]
+__all__ = [
+    "ASL",
+    "CLAA",
+    "H2O",
+    "METHODS",
+    "TOVA",
+    "AdaKV",
+    "CriticalKV",
+    "ExpectedAttention",
+    "FastKV",
+    "FullKV",
+    "GemFilter",
+    "KeyDiff",
+    "Knorm",
+    "Layer",
+    "Method",
+    "PyramidInfer",
+    "PyramidKV",
+    "Scores",
+    "Segment",
+    "SnapKV",
+    "StreamingLLM",
+]

@@ -8,7 +8,6 @@ import numpy as np
 from fastkv_jax.methods.base import Layer, Method, Segment
 from fastkv_jax.methods.compression import WindowCompression
 from fastkv_jax.methods.snapkv import SnapKV
-from kernels_pallas import among_best
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,5 +30,5 @@ class AdaKV(WindowCompression):
         """The base's scores, +inf for what is safe."""
         base = self.base or SnapKV(window_size=self.window_size, kernel_size=self.kernel_size, pooling=self.pooling)
         scores = layer.protect(base.scores(layer).kv)
-        safe = among_best(scores, jnp.broadcast_to((layer.kept // 5)[:, None], scores.shape[:2]))
+        safe = layer.ops.among_best(scores, jnp.broadcast_to((layer.kept // 5)[:, None], scores.shape[:2]))
         return jnp.where(safe, jnp.inf, scores)

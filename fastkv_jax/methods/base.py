@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from fastkv_jax.ops import PLAIN, Ops
+
 
 class Segment(NamedTuple):
     """A run of layers [first, stop), and its budgets as functions of the prompt length n (arrays over all n asked).
@@ -43,6 +45,7 @@ class Layer(NamedTuple):
     kept: Int[Array, " B"]  # the exact budget of this layer's cache heads
     frequencies: Float[Array, " D/2"]  # rotary angle of each pair of dimensions, radians per position
     wo: Float[Array, "E H*D"]  # the layer's output projection
+    ops: Ops = PLAIN  # window_scores and among_best as this platform runs them
 
     def protect(self, scores: Float[Array, "B *N S"]) -> Float[Array, "B *N S"]:
         """+inf for the window and what follows it, -inf for padding; a method's own +inf comes next to the window."""

@@ -8,7 +8,6 @@ from jax import lax
 from fastkv_jax.methods.base import Layer, Method
 from fastkv_jax.methods.compression import WindowCompression
 from fastkv_jax.methods.snapkv import SnapKV
-from kernels_pallas import among_best
 
 ROWS = 1024  # values projected at once
 
@@ -28,7 +27,7 @@ class CriticalKV(WindowCompression):
         base = self.base or SnapKV(window_size=self.window_size, kernel_size=self.kernel_size, pooling=self.pooling)
         scores = layer.protect(base.scores(layer).kv)
         half = jnp.broadcast_to((layer.kept // 2)[:, None], scores.shape[:2])
-        return jnp.where(among_best(scores, half), jnp.inf, (scores + 1e-4) * _output_norm(layer))
+        return jnp.where(layer.ops.among_best(scores, half), jnp.inf, (scores + 1e-4) * _output_norm(layer))
 
 
 def _output_norm(layer: Layer):

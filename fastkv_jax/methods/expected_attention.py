@@ -34,8 +34,8 @@ class ExpectedAttention(Compression):
     def importance(self, layer: Layer):
         """Group mean of the expected attention, times |v|; sinks stay. One KV head at a time, for memory."""
         grouped = layer.q.reshape(*layer.k.shape[:2], -1, *layer.q.shape[2:])
-        by_head = (jnp.moveaxis(a, 1, 0) for a in (grouped, layer.k, layer.v))
-        expected = lax.map(lambda head: self._one_head(*head, layer), tuple(by_head))
+        q, k, v = (jnp.moveaxis(a, 1, 0) for a in (grouped, layer.k, layer.v))
+        expected = lax.map(lambda head: self._one_head(head[0], head[1], head[2], layer), (q, k, v))
         return jnp.where((layer.positions < self.sinks)[:, None], jnp.inf, jnp.moveaxis(expected, 0, 1))
 
     def _one_head(self, q, k, v, layer: Layer):

@@ -1,6 +1,5 @@
 """FastKV (arXiv 2502.01068v7): token-selective propagation for prefill, per-head KV compression for decode."""
 
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +8,7 @@ from fastkv_jax.errors import FastKVConfigError
 from fastkv_jax.methods.base import Layer, Method, Scores, Segment
 from fastkv_jax.methods.budgets import at_least, check_layer
 from fastkv_jax.methods.compression import WindowCompression
-from fastkv_jax.methods.tsp import Boundary, Counts, Rates, boundaries, compose
-from kernels_pallas import window_scores
+from fastkv_jax.methods.tsp import Boundary, Counts, Rates, boundaries, check_parts, check_rows, compose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +38,7 @@ class FastKV(WindowCompression):
         if self.tsp_rate is None and self.tsp_length is None:
             object.__setattr__(self, "tsp_rate", 0.2)
         super().__post_init__()
-        for _, budget in self.boundaries:
-            _check_fits(self, budget.rate, budget.count)
+        check_rows(self.boundaries, self.window_size, self.retention_rate, self.capacity, self.published)
 
     def _check_budget(self) -> None:
         if self.compression is None:
@@ -68,16 +65,12 @@ class FastKV(WindowCompression):
         """The TSP layers must exist, and something must come after them."""
         for layer, _ in self.boundaries:
             check_layer("tsp_layer", layer, num_layers, num_layers - (1 if self.published else 2))
-        for part in (self.compression, self.selection):
-            _ = part and part.check(num_layers)
-        many = np.array([1 << 20])
-        if self.compression and any(run.tokens < many for run in self.compression.plan(many, num_layers)):
-            raise FastKVConfigError(f"{type(self.compression).__name__} drops tokens itself; it is no compression")
+        check_parts(self.compression, self.selection, num_layers)
 
     def plan(self, n: np.ndarray, num_layers: int) -> tuple[Segment, ...]:
         """Section 4, algorithm 1: runs of layers with fewer and fewer rows, the budgets of the cache decoupled."""
         whole = n < max(self.min_prompt_to_compress, (self.published and self.capacity) or 0)
-        window, inner = self.window(n), self.compression and self.compression.plan(n, num_layers)
+        window, inner = self.window(n), self.compression.plan(n, num_layers) if self.compression else None
         kept = n if inner else np.where(whole, n, self.budget(n))
         runs, first, rows = [], 0, n
         for layer, budget in (*self.boundaries, (num_layers - 1, None)):
@@ -91,27 +84,9 @@ class FastKV(WindowCompression):
 
     def scores(self, layer: Layer) -> Scores:
         """Equations 1 and 2: per KV head for the cache, summed over the heads for propagation."""
-        kv = window_scores(
+        kv = layer.ops.window_scores(
             layer.last_queries(self.window_size), layer.k, layer.start, layer.stop,
             kernel_size=self.kernel_size, pooling=self.pooling,
         )  # fmt: skip
         tokens = self.selection.scores(layer).tokens if self.selection else kv.sum(axis=1)
         return Scores(tokens, self.compression.scores(layer).kv if self.compression else kv)
-
-
-def _check_fits(method: FastKV, rate: float | None, length: int | None) -> None:
-    """The rows that go on must hold the window and, unless published so, the budget."""
-    if length is not None and length < method.window_size:
-        raise FastKVConfigError(f"window_size ({method.window_size}) must not exceed tsp_length ({length})")
-    if method.published or method.compression is not None:
-        return
-    if length is not None and method.capacity is not None and length < method.capacity:
-        raise FastKVConfigError(
-            f"tsp_length ({length}) < capacity ({method.capacity}): later layers cannot hold the budget"
-        )
-    if rate is not None and method.retention_rate is not None and method.retention_rate > rate:
-        warnings.warn(
-            f"retention_rate ({method.retention_rate}) > tsp_rate ({rate}): "
-            f"layers after {method.boundaries[-1].layer} keep {rate} of the prompt",
-            stacklevel=4,
-        )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from jax import lax
 
 from fastkv_jax.methods.base import Layer
 from fastkv_jax.methods.compression import Compression
@@ -17,4 +18,6 @@ class Knorm(Compression):
 
     def importance(self, layer: Layer):
         """Short keys are those that much attention falls on."""
-        return -jnp.linalg.norm(layer.k.astype(jnp.float32), axis=-1)
+        norm = jnp.linalg.norm(layer.k.astype(jnp.float32), axis=-1)
+        # In layer 0 equal tokens have equal norms, whatever their rotation: without its noise they tie, the first wins.
+        return -lax.reduce_precision(norm, exponent_bits=8, mantissa_bits=14)

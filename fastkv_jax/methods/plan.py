@@ -61,7 +61,8 @@ def static_plan(method: Method, num_layers: int, kv_heads: int, columns: int, ta
         if stages and not propagates and stages[-1]._shape == stage._shape:
             last = stages.pop()
             tables = [np.repeat(one.kept, (one.stop - one.first) // len(one.kept), axis=0) for one in (last, stage)]
-            stage = last._replace(stop=stage.stop, kept=np.concatenate(tables))
+            same = np.array_equal(last.kept, stage.kept)
+            stage = last._replace(stop=stage.stop, kept=last.kept if same else np.concatenate(tables))
         stages.append(stage)
     return stages
 
@@ -79,6 +80,11 @@ def check_plan(segments: Iterable[Segment], num_layers: int) -> tuple[Segment, .
         if (segment.kept > segment.tokens).any() or (segment.tokens > before).any() or (segment.kept < 0).any():
             raise FastKVConfigError(f"plan of layers {segment.first}..{segment.stop - 1}: budgets exceed the tokens")
     return segments
+
+
+def layers_run(method: Method, num_layers: int) -> int:
+    """Layers that a prompt goes through, those of a pass that starts again included."""
+    return sum(segment.stop - segment.first for segment in method.plan(np.array([1]), num_layers))
 
 
 class Kept(NamedTuple):

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from fastkv_jax.methods.base import Layer
 from fastkv_jax.methods.compression import WindowCompression, per_query_head
-from kernels_pallas import window_scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,4 +20,6 @@ class SnapKV(WindowCompression):
         """Per KV head, or per query head as published."""
         k = per_query_head(layer.k, layer) if self.published else layer.k
         queries = layer.last_queries(self.window_size)
-        return window_scores(queries, k, layer.start, layer.stop, kernel_size=self.kernel_size, pooling=self.pooling)
+        return layer.ops.window_scores(
+            queries, k, layer.start, layer.stop, kernel_size=self.kernel_size, pooling=self.pooling
+        )

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 
 from fastkv_jax.methods.base import Layer
 from fastkv_jax.methods.compression import Compression
-from kernels_pallas import window_scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,5 +17,7 @@ class TOVA(Compression):
 
     def importance(self, layer: Layer):
         """The same row of scores for every head."""
-        last = window_scores(layer.last_queries(1), layer.k, layer.start, layer.stop, kernel_size=1, pooling="max")
+        last = layer.ops.window_scores(
+            layer.last_queries(1), layer.k, layer.start, layer.stop, kernel_size=1, pooling="max"
+        )
         return jnp.broadcast_to(last.mean(axis=1, keepdims=True), last.shape)

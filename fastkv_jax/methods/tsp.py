@@ -1,12 +1,13 @@
 """Token-selective propagation as settings: after which layers how many tokens go on, with any compression beside it."""
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from fastkv_jax.errors import FastKVConfigError
-from fastkv_jax.methods.base import Segment
+from fastkv_jax.methods.base import Method, Segment
 from fastkv_jax.methods.budgets import Budget, at_least, check_int, check_pair
 
 Rates = float | tuple[float, ...] | None
@@ -30,10 +31,10 @@ def boundaries(
     if (tsp_layer is None) == (tsp_layers is None):
         given = "neither is" if tsp_layer is None else f"tsp_layer={tsp_layer} and tsp_layers={tsp_layers} are both"
         raise FastKVConfigError(f"give one of tsp_layer and tsp_layers; {given} set")
-    layers = (tsp_layer,) if tsp_layers is None else tuple(tsp_layers)
+    layers = [tsp_layer] if tsp_layer is not None else list(tsp_layers or ())
     for layer in layers:
         check_int("tsp_layer" if tsp_layers is None else "each of tsp_layers", layer, 0)
-    if not layers or list(layers) != sorted(set(layers)):
+    if not layers or layers != sorted(set(layers)):
         raise FastKVConfigError(f"tsp_layers must rise, got {tsp_layers}")
     if (tsp_rate is None) == (tsp_length is None):
         check_pair("tsp_rate", tsp_rate, "tsp_length", tsp_length)  # type: ignore[arg-type] - says which is missing
@@ -54,6 +55,36 @@ def _falling(name, given, count, spread):
     if list(given) != sorted(given, reverse=True):
         raise FastKVConfigError(f"{name} must not rise, got {given}")
     return list(given)
+
+
+def check_rows(
+    stages: Sequence[Boundary], window: int, retention: float | None, capacity: int | None, published: bool
+) -> None:
+    """The rows that go on must hold the window and, unless published so, the budget of the cache."""
+    for layer, (rate, length) in ((stage.layer, (stage.budget.rate, stage.budget.count)) for stage in stages):
+        if length is not None and length < window:
+            raise FastKVConfigError(f"window_size ({window}) must not exceed tsp_length ({length})")
+        if published:
+            continue
+        if length is not None and capacity is not None and length < capacity:
+            raise FastKVConfigError(
+                f"tsp_length ({length}) < capacity ({capacity}): later layers cannot hold the budget"
+            )
+        if rate is not None and retention is not None and retention > rate:
+            warnings.warn(
+                f"retention_rate ({retention}) > tsp_rate ({rate}): layers after {layer} keep {rate} of the prompt",
+                stacklevel=4,
+            )
+
+
+def check_parts(compression: Method | None, selection: Method | None, num_layers: int) -> None:
+    """Both must fit the model. A compression keeps entries of the rows it is given; it must not drop rows itself."""
+    for part in (compression, selection):
+        if part is not None:
+            part.check(num_layers)
+    many = np.array([1 << 20])
+    if compression and any(run.tokens < many for run in compression.plan(many, num_layers)):
+        raise FastKVConfigError(f"{type(compression).__name__} drops tokens itself; it is no compression")
 
 
 def compose(

@@ -2,22 +2,41 @@
 
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels_pallas.dispatch import Implementation, kernels
 from kernels_pallas.select import reference
 
 
-def select(scores: Float[Array, "*S T"], count: Int[Array, "*S"], capacity: int) -> Int[Array, "*S C"]:
+def select(
+    scores: Float[Array, "*S T"],
+    count: Int[Array, "*S"],
+    capacity: int,
+    *,
+    implementation: Implementation = "reference",
+    interpret: bool = False,
+) -> Int[Array, "*S C"]:
     """Indices of the `count` largest scores of each row, ascending, right-aligned in `capacity` slots, -1 in the rest.
 
         scores  5. 1. 9. 9. 2.   count 3, capacity 4   ->   -1  0  2  3
 
     Ties go to the lowest index. +inf marks an entry that must stay, -inf one that must not.
-    Needs 0 <= count <= capacity (unchecked: traced). Raises `ValueError` if capacity exceeds T.
+    Needs 0 <= count <= capacity (unchecked: traced). `interpret` runs the kernels of a platform on the CPU.
+    Raises `ValueError` if capacity exceeds T.
     """
     if not 0 < capacity <= scores.shape[-1]:
         raise ValueError(f"select: capacity {capacity} is outside 1..{scores.shape[-1]}")
-    return reference.select(scores, count, capacity)
+    if implementation == "reference":
+        return reference.select(scores, count, capacity)
+    return kernels("select", implementation).select(scores, count, capacity, interpret=interpret)
 
 
-def among_best(scores: Float[Array, "*S T"], count: Int[Array, "*S"]) -> Bool[Array, "*S T"]:
+def among_best(
+    scores: Float[Array, "*S T"],
+    count: Int[Array, "*S"],
+    *,
+    implementation: Implementation = "reference",
+    interpret: bool = False,
+) -> Bool[Array, "*S T"]:
     """Whether each score is one of the `count` largest of its row; ties go to the lowest index."""
-    return reference.among_best(scores, count)
+    if implementation == "reference":
+        return reference.among_best(scores, count)
+    return kernels("select", implementation).among_best(scores, count, interpret=interpret)

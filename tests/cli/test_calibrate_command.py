@@ -81,7 +81,7 @@ MISTAKES = {
     "--input row.jsonl": "row 1: answer must be a text, found None",
     "--input row.jsonl --count 3": "--count and --input exclude each other",
     "--output preset.json": "cannot write preset.json: its name must end in .yaml",
-    "--plot no/curves.png": "cannot write no/curves.png: there is no folder no",
+    "--plot no/curves.png": "cannot write no/curves.png: there is no folder {here}/no",
 }
 
 
@@ -90,4 +90,4 @@ def test_mistakes_are_one_line_before_weights_load(flags, run, monkeypatch):
     monkeypatch.setattr(checkpoint, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     for name, text in (("bad", "nonsense"), ("list", "[1]"), ("row", '{"prompt": "x"}')):
         Path(f"{name}.jsonl").write_text(text)
-    assert run("--quiet", *flags.split()) == (2, "", f"error: {MISTAKES[flags]}\n")
+    assert run("--quiet", *flags.split()) == (2, "", f"error: {MISTAKES[flags].format(here=Path.cwd())}\n")

@@ -210,3 +210,63 @@ def test_a_reader_that_leaves_early_is_no_error(tiny_model, tmp_path):
         process.stdin.close()
         err = process.stderr.read()
         assert process.wait(timeout=60) == 0 and err == b""
+
+
+# --------------------------------------------------------------------------------- one document, many questions
+
+
+def test_a_saved_document_answers_as_one_long_prompt_does(run):
+    Path("document.txt").write_text(LONG)
+    whole = run("--prompt-file", "document.txt", "--prompt", "Who?", "--method", "full", "--quiet")
+    assert whole[0] == 0
+    words = ("--prompt-file", "document.txt", "--method", "full", "--save-cache", "d.kv")
+    code, out, err = run(*words, "-n", "0")
+    assert (code, out) == (0, "") and "reading" in err and Path("d.kv").exists()
+    code, out, err = run("--load-cache", "d.kv", "--prompt", "Who?")
+    assert (code, out) == (0, whole[1]) and "tokens read by FullKV()" in err
+    Path("questions.jsonl").write_text('{"prompt": "Who?"}\n{"prompt": "Who?", "prefill": "It"}\n{"prompt": "When?"}\n')
+    code, out, _ = run("--load-cache", "d.kv", "--input", "questions.jsonl", "--quiet")
+    answers = [json.loads(line)["text"] for line in out.splitlines()]
+    assert code == 0 and len(answers) == 3 and answers[0] == whole[1].rstrip("\n")
+
+
+def test_saving_a_cache_may_answer_too(run):
+    code, out, _ = run("--prompt", LONG, "--method", "full", "--save-cache", "d.kv", "--quiet")
+    assert code == 0 and out == run("--prompt", LONG, "--method", "full", "--quiet")[1]
+    code, out, err = run("--prompt", LONG, "--raw", "--save-cache", "d.kv")
+    assert code == 2 and "give -n 0" in err
+
+
+def test_a_compressed_document_is_saved_smaller(run):
+    sizes = []
+    for method in (("--method", "full"), ("--method", "keydiff", "--retention-rate", "0.2")):
+        assert run("--prompt", LONG, *method, "--save-cache", "d.kv", "-n", "0", "--quiet")[0] == 0
+        sizes.append(Path("d.kv").stat().st_size)
+    assert sizes[1] < 0.7 * sizes[0]
+    assert run("--load-cache", "d.kv", "--prompt", "Who?", "--quiet")[0] == 0
+
+
+def test_what_was_kept_can_be_seen(run):
+    code, _, err = run("--prompt", LONG, "--retention-rate", "0.2", "--explain", "seen.html")
+    assert code == 0 and "explain" in err and "<html" in Path("seen.html").read_text()
+    assert run("--prompt", LONG, "--explain", "seen.png", "--quiet")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--explain", "seen.pdf"], "its name must end in .png or .html"),
+        (["--explain", "no/seen.png"], "there is no folder"),
+        (["--save-cache", "."], "it is a folder"),
+        (["--save-cache", "a", "--load-cache", "b"], "no place for"),
+        (["--save-cache", "a", "--prefill", "x"], "no place for"),
+        (["--load-cache", "a"], "a: no such cache file"),
+        (["--load-cache", "a", "--kernel-size", "5"], "--kernel-size has no place beside it"),
+        (["--load-cache", "stdin"], "not a valid safetensors file"),
+        (["-n", "0"], "max_new_tokens must be >= 1"),
+    ],
+)
+def test_what_cannot_be_saved_loaded_or_drawn_is_one_line(run, words, message):
+    code, out, err = run("--prompt", "hi", *words)
+    assert code in (2, 3) and out == "" and message in err and err.count("\n") == 1
+    assert sorted(path.name for path in Path(".").iterdir()) == ["stdin"]

@@ -1,5 +1,6 @@
 """Exact top-k: every implementation against a stable sort."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,8 +12,18 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import kernels_pallas
+from kernels_pallas.select import tpu
 
-IMPLEMENTATIONS: dict[str, Callable] = {"public": jax.jit(kernels_pallas.select, static_argnames=("capacity",))}
+# Tiles of 1,024 scores; the tiles of a real chip are compiled in test_compile.py.
+TPU = {"interpret": True, "tiles": tpu.Tiles(rows=8)}
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "reference": jax.jit(kernels_pallas.select, static_argnames=("capacity",)),
+    "tpu": jax.jit(functools.partial(tpu.select, **TPU), static_argnames=("capacity",)),
+}
+MARKS: dict[str, Callable] = {
+    "reference": jax.jit(kernels_pallas.among_best),
+    "tpu": jax.jit(functools.partial(tpu.among_best, **TPU)),
+}
 ROWS, TOKENS, CAPACITY = 3, 24, 16
 every_implementation = pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS))
 any_float = st.floats(width=32, allow_nan=False, allow_subnormal=False)  # infinities, both zeros, all magnitudes
@@ -34,7 +45,7 @@ def expected(scores: np.ndarray, count: np.ndarray, capacity: int) -> np.ndarray
 
 @every_implementation
 @given(scores=values, count=counts)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_agrees_with_a_stable_sort(implementation: str, scores: np.ndarray, count: list[int]):
     chosen = IMPLEMENTATIONS[implementation](scores, np.array(count, np.int32), capacity=CAPACITY)
     np.testing.assert_array_equal(chosen, expected(scores, np.array(count), CAPACITY))
@@ -42,11 +53,27 @@ def test_agrees_with_a_stable_sort(implementation: str, scores: np.ndarray, coun
 
 
 @every_implementation
-def test_agrees_on_many_scores_that_tie_at_the_threshold(implementation: str):
-    scores = np.random.default_rng(0).integers(0, 40, (2, 5000)).astype(np.float32)
-    count = np.array([1000, 777], np.int32)
-    chosen = IMPLEMENTATIONS[implementation](scores, count, capacity=1024)
-    np.testing.assert_array_equal(chosen, expected(scores, count, 1024))
+@pytest.mark.parametrize(
+    ("tokens", "capacity"), [(1, 1), (1023, 300), (1024, 1024), (1025, 1023), (2049, 1025), (5000, 1024)], ids=str
+)
+def test_agrees_on_many_scores_that_tie_at_the_threshold(implementation: str, tokens: int, capacity: int):
+    """At the edges of tiles, and with every distance the chosen may have to move."""
+    scores = np.random.default_rng(0).integers(-20, 20, (2, tokens)).astype(np.float32)
+    count = np.array([capacity, capacity * 7 // 9], np.int32)
+    chosen = IMPLEMENTATIONS[implementation](scores, count, capacity=capacity)
+    np.testing.assert_array_equal(chosen, expected(scores, count, capacity))
+
+
+@every_implementation
+@pytest.mark.parametrize("best", ["first", "last", "every third"])
+def test_the_best_may_stand_together_or_apart(implementation: str, best: str):
+    """The longest ways through the network: from the first column to the last slot."""
+    columns = np.arange(3000)
+    first = columns < 1000
+    scores = np.where({"first": first, "last": first[::-1], "every third": columns % 3 == 1}[best], 2.0, 1.0)
+    scores, count = scores[None].astype(np.float32), np.array([1000], np.int32)
+    chosen = IMPLEMENTATIONS[implementation](scores, count, capacity=1100)
+    np.testing.assert_array_equal(chosen, expected(scores, count, 1100))
 
 
 @every_implementation
@@ -74,13 +101,22 @@ def test_the_example_of_its_documentation(implementation: str):
     assert np.asarray(chosen).tolist() == [-1, 0, 2, 3]
 
 
+@every_implementation
 @given(scores=values, count=counts)
-@settings(max_examples=50, deadline=None)
-def test_among_best_marks_what_select_chooses(scores: np.ndarray, count: list[int]):
-    marked = np.asarray(jax.jit(kernels_pallas.among_best)(scores, np.array(count, np.int32)))
-    chosen = np.asarray(kernels_pallas.select(scores, np.array(count, np.int32), CAPACITY))
+@settings(max_examples=10, deadline=None)
+def test_among_best_marks_what_select_chooses(implementation: str, scores: np.ndarray, count: list[int]):
+    marked = np.asarray(MARKS[implementation](scores, np.array(count, np.int32)))
+    chosen = expected(scores, np.array(count), CAPACITY)
+    assert marked.dtype == bool
     for row, few in enumerate(count):
         assert np.flatnonzero(marked[row]).tolist() == chosen[row, CAPACITY - few :].tolist()
+
+
+@every_implementation
+def test_among_best_keeps_leading_axes_and_may_take_every_column(implementation: str):
+    scores = np.random.default_rng(0).integers(0, 3, (2, 1, 1025)).astype(np.float32)
+    marked = np.asarray(MARKS[implementation](scores, np.array([[1025], [0]], np.int32)))
+    assert marked.shape == scores.shape and marked[0].all() and not marked[1].any()
 
 
 @pytest.mark.parametrize("capacity", [0, TOKENS + 1])

@@ -1,0 +1,188 @@
+"""Compile prefill and a decode step for accelerators that need not be there, tensor-parallel over the target's chips.
+
+Prints one JSON line, last on stdout. TPU targets need libtpu (jax[tpu]), GPU targets the CUDA plugin (jax[cuda13]).
+
+  aot_compile.py --target v5e-8 --model llama-3.1-8b --tokens 32768 --method fastkv
+"""
+
+import argparse
+import json
+import os
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fastkv_jax.cli import common
+from fastkv_jax.errors import BackendError, FastKVConfigError
+
+TPU_TARGETS = {"v5e-8": "v5e:2x4", "v5p-8": "v5p:2x2x1", "v6e-8": "v6e:2x4", "tpu7x-8": "tpu7x:2x2x1"}
+TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+GPU_TARGETS = {  # device memory, bandwidth in bytes a second
+    "h100": ("NVIDIA H100 80GB HBM3", 85_014_216_704, 3_350_000_000_000),
+    "h200": ("NVIDIA H200", 150_754_820_096, 4_800_000_000_000),
+}
+HOPPER = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {bandwidth}
+l2_cache_size: {l2} clock_rate_ghz: 1.98 device_memory_size: {memory} shared_memory_per_block_optin: 232448
+cuda_compute_capability {{ major: 9 }} registers_per_core_limit: 65536 registers_per_block_limit: 65536 }}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }} runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "{name}" """
+MODELS = {  # vocabulary, hidden, MLP, layers, query heads, KV heads, head size, tied embeddings
+    "llama-3.1-8b": (128_256, 4096, 14_336, 32, 32, 8, 128, False),
+    "llama-3.2-1b": (128_256, 2048, 8192, 16, 32, 8, 64, True),
+    "llama-3.1-70b": (128_256, 8192, 28_672, 80, 64, 8, 128, False),
+}
+NEW_TOKENS = 256
+
+
+def parser() -> common.Parser:
+    """All flags, with their ranges."""
+    parser = common.Parser(prog="aot_compile.py", description=__doc__)
+    parser.add_argument("--target", required=True, choices=(*TPU_TARGETS, *GPU_TARGETS))
+    parser.add_argument("--model", default="llama-3.1-8b", choices=tuple(MODELS), help="default: llama-3.1-8b")
+    parser.add_argument("--tokens", type=int, default=32_768, metavar="N", help="prompt length, >= 128")
+    parser.add_argument("--method", default="fastkv", help="default: fastkv, with the paper's settings")
+    parser.add_argument("--kernels", choices=("reference", "tpu", "gpu"), help="default: the target's")
+    parser.add_argument("--kv-dtype", choices=("int8", "float8_e4m3fn"), help="default: bfloat16")
+    parser.add_argument("--json", action="store_true", help="the JSON line alone")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.set_defaults(quiet=False)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    return common.run(_run, parser().parse(argv))
+
+
+def _run(options: argparse.Namespace) -> int:
+    from fastkv_jax.methods import METHODS
+
+    if options.tokens < 128:
+        raise FastKVConfigError(f"tokens must be >= 128, got {options.tokens}")
+    if options.method not in METHODS:
+        raise FastKVConfigError(f"unknown method {options.method!r}; there are: {', '.join(METHODS)}")
+    if options.method == "asl":
+        raise FastKVConfigError("method 'asl' decides on the host: it is several programs, not one")
+    found = compile_for(options)
+    if not options.json:
+        for name in ("prefill", "decode"):
+            part = found if name == "prefill" else found["decode"]
+            sizes = (
+                f"{part['hbm_bytes_args'] / 1e9:.2f} GB arguments, {part['hbm_bytes_temp'] / 1e9:.2f} GB temporaries"
+            )
+            print(f"{name:<8} {part['compile_s']:.1f} s, {sizes}, {part['flops'] / 1e12:.3g} TFLOP, {part['kernels']}")
+    print(json.dumps(found))
+    return common.OK
+
+
+def compile_for(options: argparse.Namespace) -> dict[str, Any]:
+    """Compile both programs; bytes are of one chip, floating-point operations of all."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+    from fastkv_jax import costs, sharding
+    from fastkv_jax.checkpoint.assemble import abstract_model
+    from fastkv_jax.inference import decode
+    from fastkv_jax.inputs import Prompt
+    from fastkv_jax.stages import Static, run_stages
+
+    devices = _devices(options.target)
+    platform = "tpu" if options.target in TPU_TARGETS else "gpu"
+    kernels = options.kernels or platform
+    config, method = _config(options.model, options.tokens), _method(options.method, MODELS[options.model][3])
+    mesh = Mesh(np.array(devices), ("model",), axis_types=(AxisType.Auto,)) if len(devices) > 1 else None
+    place = Mesh(np.array(devices), ("model",))
+
+    def on(a: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(place, spec))
+
+    def heads(a: Any) -> jax.ShapeDtypeStruct:  # [L, B, N, ...]: a chip has its own heads
+        spread = a.ndim >= 4 and a.shape[2] % len(devices) == 0
+        return on(a, PartitionSpec(None, None, "model") if spread else PartitionSpec())
+
+    model = jax.tree_util.tree_map_with_path(
+        lambda path, a: on(a, sharding.sharding_for(place, path).spec), abstract_model(config, jnp.bfloat16, mesh)
+    )
+    ints = lambda *shape: on(jax.ShapeDtypeStruct(shape, jnp.int32), PartitionSpec())  # noqa: E731
+    prompt = Prompt(ints(1, options.tokens), ints(1), ints(1))  # type: ignore[arg-type] - shapes stand for arrays
+    static = Static(method, NEW_TOKENS, 64, platform, kernels, options.kv_dtype)
+    prefill = jax.jit(lambda model, prompt: run_stages(model, prompt, None, static))
+    found: dict[str, Any] = {name: getattr(options, name) for name in ("target", "model", "tokens", "method")}
+    found |= _compiled(prefill.lower(model, prompt)) | {"flops": costs.prefill_flops(config, method, options.tokens)}
+    cache = jax.tree.map(heads, jax.eval_shape(prefill, model, prompt).cache)
+    step = jax.jit(lambda model, token, cache: decode(model, token, cache, kernels=kernels), donate_argnums=2)
+    slots = [segment.k.shape[0] * segment.k.shape[2] * segment.k.shape[3] for segment in cache.segments]
+    flops = costs.decode_flops(config, sum(slots) * config.num_heads // config.num_kv_heads)
+    found["decode"] = _compiled(step.lower(model, ints(1), cache)) | {"flops": flops}
+    return found
+
+
+def _compiled(lowered: Any) -> dict[str, Any]:
+    began = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - began
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    own = re.findall(r'%([a-z_]+)[.\d]* = [^\n]*custom_call_target="tpu_custom_call"', text)
+    other = re.findall(r'custom_call_target="([^"]*(?:triton|mosaic|cudnn)[^"]*)"', text)
+    return {
+        "compile_s": round(seconds, 2),
+        "hbm_bytes_args": memory.argument_size_in_bytes,
+        "hbm_bytes_temp": memory.temp_size_in_bytes,
+        "kernels": sorted(set(own) | set(other)),
+        "sorts": len(re.findall(r"[ =]sort\(", text)),
+    }
+
+
+def _devices(target: str) -> Sequence[Any]:
+    """The chips of a target, from the compiler's own description of them."""
+    import jax
+    from jax.experimental import topologies
+
+    jax.config.update("jax_enable_compilation_cache", False)  # the time is the point
+    try:
+        if target in TPU_TARGETS:
+            os.environ.update(TPU_ENVIRONMENT)
+            jax.config.update("jax_platforms", "cpu")
+            return topologies.get_topology_desc(topology_name=TPU_TARGETS[target], platform="tpu").devices
+        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+        jax.config.update("jax_platforms", None)
+        name, memory, bandwidth = GPU_TARGETS[target]
+        text = HOPPER.format(
+            name=name, memory=memory, bandwidth=bandwidth, l2=52_428_800 if target == "h100" else 62_914_560
+        )
+        options = {"topology": "1x1x1", "target_config": text}
+        return topologies.get_topology_desc(topology_name="1x1x1", platform="cuda", **options).devices
+    except Exception as error:  # what is raised depends on which plugin is missing
+        needs = "jax[tpu]" if target in TPU_TARGETS else "jax[cuda13]"
+        raise BackendError(f"no compiler for {target}: install {needs} ({str(error).splitlines()[0][:200]})") from error
+
+
+def _config(name: str, tokens: int) -> Any:
+    from fastkv_jax.config import Llama3Scaling, LlamaConfig, RopeConfig
+
+    vocabulary, hidden, mlp, layers, heads, kv_heads, head_dim, tied = MODELS[name]
+    rope = RopeConfig(
+        5e5, Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    )
+    return LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=mlp, num_layers=layers, num_heads=heads,
+        num_kv_heads=kv_heads, head_dim=head_dim, rms_norm_eps=1e-5, rope=rope, max_position_embeddings=2 * tokens,
+        tie_word_embeddings=tied, qkv_bias=False, output_bias=False, qk_norm=False, sliding_window=None,
+        stop_tokens=(), pad_token=None,
+    )  # fmt: skip
+
+
+def _method(name: str, layers: int) -> Any:
+    from fastkv_jax import presets
+
+    return presets.build(name, presets.load("paper"), {}, layers)

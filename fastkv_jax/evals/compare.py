@@ -1,0 +1,206 @@
+"""Every method beside every other: needles found, perplexity after it, and what it costs.
+
+Methods that only compress see the same prefill, so one pass serves them all; the others get a pass of their own.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fastkv_jax import rope
+from fastkv_jax.attention import attention
+from fastkv_jax.buckets import TILE, pad_batch
+from fastkv_jax.cache import KVCache
+from fastkv_jax.costs import prefill_flops
+from fastkv_jax.inference import check_prompt, platform_of, prefill
+from fastkv_jax.methods import ASL, METHODS, AdaKV, CriticalKV, FullKV, Layer, Method
+from fastkv_jax.methods.plan import static_plan
+from fastkv_jax.model import Llama
+from fastkv_jax.scoring import next_token_scores
+from fastkv_jax.stages import Shape, Static, enter, enter_budgets, keep
+
+SETTINGS = {"window_size": 16, "kernel_size": 21}  # of the methods that have them
+
+
+class Question(NamedTuple):
+    """A prompt that ends with the beginning of its answer, and the answer."""
+
+    prompt: list[int]
+    window_end: int
+    answer: list[int]
+    where: np.ndarray  # positions of the answer's tokens in the prompt
+
+
+@dataclass
+class Row:
+    """One method at one budget."""
+
+    name: str
+    method: Method
+    right: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
+    kept: list[float] = field(default_factory=list)  # share of the answer's entries that stay
+    nll: list[float] = field(default_factory=list)
+    flops: list[float] = field(default_factory=list)  # against full context
+    bytes: list[float] = field(default_factory=list)
+
+
+def methods_at(rate: float, num_layers: int) -> Iterator[tuple[str, Method]]:
+    """Every method that keeps `rate` of the entries, by name."""
+    for name, kind in METHODS.items():
+        fields = {f.name for f in dataclasses.fields(kind)}
+        if "retention_rate" not in fields:
+            continue
+        settings: dict[str, Any] = {key: value for key, value in SETTINGS.items() if key in fields}
+        settings |= {key: num_layers // 2 - 1 for key in ("tsp_layer", "filter_layer") if key in fields}
+        if kind is ASL:
+            settings |= {"tsp_rate": rate}
+        elif "tsp_rate" in fields:
+            settings |= {"tsp_rate": max(rate, 0.2)}  # the rows that go on must hold the budget
+        yield name, kind(retention_rate=rate, **settings)
+
+
+def compare(
+    model: Llama,
+    rows: Sequence[Row],
+    questions: Mapping[str, Sequence[Question]],
+    texts: Sequence[list[int]],
+    columns: int,
+    report: Callable[[], object] = lambda: None,
+) -> None:
+    """Fill the rows in. `texts` are cut after three quarters; the last one is scored after the rest was read."""
+    full = FullKV()
+    whole_bytes: dict[int, int] = {}
+    for kind, asked in questions.items():
+        for one in asked:
+            for row, cache in _caches(model, rows, one.prompt, one.window_end, columns):
+                n = len(one.prompt)
+                whole_bytes.setdefault(n, full_bytes(model, n))
+                row.right[kind].append(_says(model, cache, one))
+                row.kept.append(_share_kept(cache, one.where))
+                row.flops.append(prefill_flops(model.config, row.method, n) / prefill_flops(model.config, full, n))
+                row.bytes.append(used_bytes(cache) / whole_bytes[n])
+            report()
+    for text in texts:
+        cut = 3 * len(text) // 4
+        for row, cache in _caches(model, rows, text[:cut], 0, columns):
+            found, _ = next_token_scores(model, *pad_batch([text[cut:]]), cache=cache)
+            row.nll.append(-float(found.sum()) / (len(text) - cut - 1))
+        report()
+
+
+def full_bytes(model: Llama, n: int) -> int:
+    """K and V of all tokens."""
+    c = model.config
+    return 2 * c.num_layers * c.num_kv_heads * n * c.head_dim * model.norm[...].dtype.itemsize
+
+
+def used_bytes(cache: KVCache) -> int:
+    """K and V of the slots that hold an entry."""
+    return sum(
+        int((segment.positions >= 0).sum()) * 2 * segment.k.shape[-1] * segment.k.dtype.itemsize
+        for segment in cache.segments
+    )
+
+
+def _says(model: Llama, cache: KVCache, question: Question) -> bool:
+    """Whether greedy decoding gives the answer; its first token follows the prompt's last, which is fed again."""
+    fed = [question.prompt[-1], *question.answer]
+    _, best = next_token_scores(model, *pad_batch([fed], 32), cache=_without_last(cache))
+    return np.asarray(best)[0, -len(question.answer) :].tolist() == question.answer
+
+
+def _without_last(cache: KVCache) -> KVCache:
+    """The cache before its last token was read: the entries at that position are dropped."""
+    last = cache.position - 1
+    segments = []
+    for s in cache.segments:
+        positions = s.positions // max(s.sharing, 1)
+        gone = positions == last[None, :, None, None]
+        segments.append(dataclasses.replace(s, positions=jnp.where(gone, -1, s.positions)))
+    return dataclasses.replace(cache, segments=tuple(segments), position=last)
+
+
+def _share_kept(cache: KVCache, where: np.ndarray) -> float:
+    """Of the answer's tokens, over all layers and heads."""
+    found = [np.isin(where, head) for i in range(cache.num_layers) for head in np.asarray(cache.layer(i).positions[0])]
+    return float(np.mean(found))
+
+
+def _caches(
+    model: Llama, rows: Sequence[Row], prompt: list[int], window_end: int, columns: int
+) -> Iterator[tuple[Row, KVCache]]:
+    tokens, start = pad_batch([prompt], columns)
+    together = [row for row in rows if _one_pass(row.method)]
+    yield from zip(together, read_all(model, tokens, start, [row.method for row in together], window_end), strict=True)
+    for row in rows:
+        if not _one_pass(row.method):
+            options: dict[str, Any] = {"method": row.method, "max_new_tokens": 0, "window_end": window_end}
+            yield row, prefill(model, tokens, start, **options).cache
+
+
+def _one_pass(method: Method) -> bool:
+    """Whether every token goes through every layer."""
+    n = np.array([1 << 20])
+    return not isinstance(method, ASL) and all(run.tokens >= n for run in method.plan(n, 8))
+
+
+# ------------------------------------------------------------------------------------------------- one pass for all
+
+
+def read_all(model: Llama, tokens: Any, start: Any, methods: Sequence[Method], window_end: int = 0) -> list[KVCache]:
+    """What each of the methods, which only compress, would keep of a prompt: the same as `prefill` of each."""
+    prompt = check_prompt(model, tokens, start, window_end, FullKV(), 0)
+    c, columns = model.config, prompt.tokens.shape[1]
+    shapes, tables = [], []
+    for method in methods:
+        stages = static_plan(method, c.num_layers, c.num_kv_heads, columns, window_end, TILE)
+        slots = max(stage.capacity for stage in stages)
+        compresses = any(stage.compresses for stage in stages)
+        shapes.append(Shape(columns, slots if compresses else None, False, stages[0].shared, False))
+        per_layer = [np.broadcast_to(s.kept, (s.stop - s.first, columns + 1)) for s in stages]
+        tables.append(np.concatenate(per_layer)[:, columns - np.asarray(prompt.start)].astype(np.int32))
+    static = Static(FullKV(), 0, window_end, platform_of(model))
+    entries = _read_all(model, prompt, tuple(tables), methods=tuple(methods), shapes=tuple(shapes), static=static)
+    position = jnp.asarray(columns - prompt.start)
+    return [KVCache.empty_after((one,), position, 0, c.num_kv_heads, model.norm[...].dtype) for one in entries]
+
+
+@partial(jax.jit, static_argnames=("methods", "shapes", "static"))
+def _read_all(model: Llama, prompt, tables, *, methods, shapes, static: Static):
+    at = enter(model, prompt, None, static=static)
+    c, rows = model.config, at.rows
+    cos, sin = rope.angles(c.rope, c.head_dim, jnp.maximum(rows.positions, 0))
+    frequencies = jnp.asarray(rope.frequencies(c.rope, c.head_dim))
+    budgets = [enter_budgets(model, prompt, static=static._replace(method=method)) for method in methods]
+
+    def layer(x, inputs):
+        index, kept = inputs
+        block = model.layer(index)
+        q, k, v = block.qkv(x, cos, sin)
+        x = block.output(x, attention(q, k, v, rows.start, platform=static.platform, mesh=model.mesh))
+        entries, known = [], {}
+        for method, shape, mine, own in zip(methods, shapes, kept, budgets, strict=True):
+            count = jnp.minimum(own.n, jnp.maximum(mine, own.protected))
+            there = rows._replace(window=own.window)
+            seen = Layer(q, k, v, *there, kept=count, frequencies=frequencies, wo=block.wo[...])
+            key = method if isinstance(method, AdaKV | CriticalKV) else _any_budget(method)  # those look at the budget
+            if key not in known:
+                known[key] = seen.protect(method.scores(seen).kv)
+            entries.append(keep(seen, known[key], shape))
+        return x, tuple(entries)
+
+    return lax.scan(layer, at.x, (jnp.arange(c.num_layers), tables))[1]
+
+
+def _any_budget(method: Method) -> Method:
+    given: Any = method
+    budget = {"retention_rate": 0.5, "capacity": None} if hasattr(method, "retention_rate") else {}
+    return dataclasses.replace(given, **budget)

@@ -1,0 +1,44 @@
+"""Decode attention in parts: each over its own slots, merged by their log-sum-exp (flash-decoding).
+
+The kernels of every platform share this: one kernel attends to a stretch of slots, and runs once over the frozen prompt
+and once over the append buffer, whose heads may be others (N and K).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Slots(NamedTuple):
+    """Keys and values of N heads: arrays, or what Pallas has in their place; None for what is not there."""
+
+    k: Any  # [B, N, C, D]
+    v: Any  # [B, N, C, D]
+    positions: Any = None  # [B, N, C] int32, -1 in an empty slot
+    heads: Any = None  # [B, 1, C] int32, the KV head a slot of a flat cache belongs to
+    k_scale: Any = None  # [B, N, C] float32
+    v_scale: Any = None  # [B, N, C] float32
+
+
+# attend(q [B, H, D], slots, used [B], group) -> out [B, H, P, D] float32, log_sum_exp [B, H, P] float32, of P parts:
+# attention over the first `used` slots; log_sum_exp is -inf and out 0 where a query sees none of them.
+Attend = Callable[[jax.Array, Slots, jax.Array, int], tuple[jax.Array, jax.Array]]
+
+
+def attend_to_both(attend: Attend, q, prompt: Slots, new: Slots, filled) -> Float[Array, "B H D"]:
+    group = q.shape[1] // new.k.shape[1]
+    parts = [attend(q, new, filled, group)]
+    capacity = prompt.k.shape[2]
+    if capacity:
+        parts.append(attend(q, prompt, jnp.full_like(filled, capacity), group))
+    outs, sums = zip(*parts, strict=True)
+    return merge(jnp.concatenate(outs, axis=2), jnp.concatenate(sums, axis=2)).astype(q.dtype)
+
+
+def merge(out: Float[Array, "B H P D"], log_sum_exp: Float[Array, "B H P"]) -> Float[Array, "B H D"]:
+    """Each part counts by the sum of its exponentials; at least one is not empty."""
+    weights = jax.nn.softmax(log_sum_exp, axis=-1)
+    return (out * weights[..., None]).sum(axis=2)

@@ -1,0 +1,52 @@
+"""One pass for many methods is the prefill of each."""
+
+import numpy as np
+import pytest
+
+import fastkv_jax as fk
+from examples import BUCKET, EXAMPLES, PROMPTS, model_a, ragged
+from fastkv_jax.evals.compare import Question, Row, compare, methods_at, read_all
+
+DROP_TOKENS = ("fastkv", "gemfilter", "pyramidinfer", "claa", "asl")
+ALONE = [method for name, examples in EXAMPLES.items() for method in examples if name not in DROP_TOKENS]
+
+
+def test_one_pass_keeps_what_each_method_keeps():
+    for method, cache in zip(ALONE, read_all(model_a(), *fk.pad_batch(PROMPTS, BUCKET), ALONE), strict=True):
+        theirs = ragged(method).cache
+        for i in range(4):
+            mine, other = (np.asarray(c.layer(i).positions) for c in (cache, theirs))
+            for one, two in zip(mine.reshape(-1, mine.shape[-1]), other.reshape(-1, other.shape[-1]), strict=True):
+                assert one[one >= 0].tolist() == two[two >= 0].tolist()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rows = [Row("full", fk.FullKV()), *(Row(name, method) for name, method in methods_at(0.3, 4))]
+    random = np.random.default_rng(0)
+    prompt = random.integers(0, 128, 120).tolist()
+    made = fk.generate(model_a(), [prompt], method=fk.FullKV(), max_new_tokens=4, stop_tokens=())
+    question = Question(prompt, 0, np.asarray(made.tokens)[0].tolist(), np.arange(40, 50))
+    wrong = question._replace(answer=[(t + 1) % 128 for t in question.answer])
+    compare(model_a(), rows, {"right": [question], "wrong": [wrong]}, [random.integers(0, 128, 100).tolist()], 128)
+    return {row.name: row for row in rows}
+
+
+def test_full_context_says_what_it_says_and_keeps_all(rows):
+    full = rows["full"]
+    assert full.right == {"right": [True], "wrong": [False]}
+    assert full.kept == full.flops == full.bytes == [1.0, 1.0]
+    cache = fk.prefill(model_a(), *fk.pad_batch(PROMPTS[3:4]), method=fk.FullKV(), max_new_tokens=0).cache
+    assert cache.position == 80
+
+
+def test_every_method_has_its_costs(rows):
+    assert set(rows) == {"full", *fk.METHODS} - {"pyramidinfer"}
+    for name, row in rows.items():
+        if name != "full":
+            assert len(row.nll) == 1 and np.isfinite(row.nll[0])
+            assert 0 <= row.kept[0] < 1 and row.flops[0] <= (1.5 if name == "gemfilter" else 1.0)
+            assert row.bytes[0] < (0.7 if name == "claa" else 0.35)
+    assert rows["fastkv"].flops[0] < 0.8 < rows["snapkv"].flops[0] == 1.0
+    # a flat cache holds as many entries as an even one
+    assert rows["adakv"].bytes == rows["snapkv"].bytes

@@ -1,0 +1,82 @@
+"""The GPU kernels become Triton programs on any machine, and say so where jax has lost Triton."""
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kernels_pallas
+from kernels_pallas import gpu_backend
+
+# jax announces at lowering that Triton will go one day; gpu_backend.py is where that will be met.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
+
+def triton_calls(run, *arrays, **more) -> int:
+    """How many Triton kernels the program for an NVIDIA GPU holds; no GPU and no toolchain needed."""
+    lowered = jax.jit(run).trace(*arrays, **more).lower(lowering_platforms=("cuda",))
+    return lowered.as_text().count("custom_call @__gpu$xla.gpu.triton")
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "window", "tokens", "dim", "dtype"),
+    [
+        (32, 8, 8, 131_072, 128, jnp.bfloat16),  # Llama-3.1-8B
+        (4, 1, 8, 131_072, 128, jnp.bfloat16),  # an eighth of it
+        (9, 3, 16, 8192, 64, jnp.bfloat16),  # SmolLM2
+        (8, 1, 64, 4096, 256, jnp.float32),
+        (4, 2, 3, 5000, 80, jnp.float32),
+    ],
+)
+def test_window_scores_are_lowered(heads, kv_heads, window, tokens, dim, dtype):
+    run = functools.partial(kernels_pallas.window_scores, kernel_size=7, pooling="max", implementation="gpu")
+    q = jax.ShapeDtypeStruct((1, heads, window, dim), dtype)
+    k = jax.ShapeDtypeStruct((1, kv_heads, tokens, dim), dtype)
+    edge = jax.ShapeDtypeStruct((1,), jnp.int32)
+    assert triton_calls(run, q, k, edge, edge) == 2
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "cache_heads", "capacity", "dim", "dtype", "cache"),
+    [
+        (32, 8, 8, 12_544, 128, jnp.bfloat16, jnp.bfloat16),
+        (32, 8, 8, 12_544, 128, jnp.bfloat16, jnp.int8),
+        (32, 8, 32, 12_544, 128, jnp.bfloat16, jnp.float8_e4m3fn),
+        (32, 8, 1, 100_352, 128, jnp.bfloat16, jnp.int8),
+        (4, 1, 1, 12_544, 128, jnp.bfloat16, jnp.int8),
+        (9, 3, 3, 1664, 64, jnp.bfloat16, jnp.bfloat16),
+        (8, 8, 8, 300, 80, jnp.float32, jnp.float32),
+        (4, 2, 2, 0, 256, jnp.float32, jnp.float32),
+    ],
+)
+def test_decode_attention_is_lowered(heads, kv_heads, cache_heads, capacity, dim, dtype, cache):
+    def array(*shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct((1, *shape), dtype)
+
+    slots = cache_heads, capacity
+    prompt, new = array(*slots, dim, dtype=cache), array(kv_heads, 256, dim, dtype=dtype)
+    arrays = array(heads, dim, dtype=dtype), prompt, prompt, array(*slots), new, new, array()
+    more = {"heads": array(*slots)} if cache_heads == 1 else {}
+    if jnp.dtype(cache).itemsize == 1:
+        more |= {"k_scale": array(*slots, dtype=jnp.float32), "v_scale": array(*slots, dtype=jnp.float32)}
+    run = functools.partial(kernels_pallas.decode_attention, implementation="gpu")
+    assert triton_calls(run, *arrays, **more) == (2 if capacity else 1)
+
+
+def test_select_is_the_reference_there():
+    scores = np.random.default_rng(0).normal(size=(2, 50)).astype(np.float32)
+    count = np.array([3, 7], np.int32)
+    for run in (functools.partial(kernels_pallas.select, capacity=8), kernels_pallas.among_best):
+        np.testing.assert_array_equal(run(scores, count, implementation="gpu"), run(scores, count))
+
+
+def test_without_triton_the_way_out_is_named(monkeypatch):
+    import jax.experimental.pallas as pallas
+
+    monkeypatch.delattr(pallas, "triton", raising=False)
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    with pytest.raises(NotImplementedError, match="use implementation='reference'"):
+        gpu_backend.triton()
