@@ -7,6 +7,7 @@ V vocabulary, C capacity, M new tokens, W window. Arrays are laid out [B, heads,
 
 from fastkv_jax.buckets import pad_batch
 from fastkv_jax.cache_file import load_cache, save_cache
+from fastkv_jax.calibrate import calibrate
 from fastkv_jax.checkpoint import load_model
 from fastkv_jax.config import LlamaConfig
 from fastkv_jax.errors import BackendError, CheckpointError, FastKVConfigError, InputError
@@ -63,6 +64,7 @@ __all__ = [
     "Sample",
     "SnapKV",
     "StreamingLLM",
+    "calibrate",
     "decode_step",
     "explain",
     "generate",

@@ -101,7 +101,7 @@ def _one_row(model: Llama, prompt: Prompt, past, static: Static, call, report, d
                 kept, chosen = call(budget, after.kept, budgets, rows_in), True
     propagated = at.rows.positions  # all of them if no layer was chosen, in as many columns
     propagated = jnp.pad(propagated, ((0, 0), (before.width - propagated.shape[1], 0)), constant_values=-1)
-    return call(leave, model, at.x, (_joined(segments),), past, budgets.n, propagated, static=static)
+    return call(leave, model, at.x, (joined(segments),), past, budgets.n, propagated, static=static)
 
 
 def _disagreement(method: Adaptive, at: Progress, layer: int, tokens: np.ndarray) -> float:
@@ -117,10 +117,10 @@ def _disagreement(method: Adaptive, at: Progress, layer: int, tokens: np.ndarray
 
 def _past_of(past: KVCache, layers: np.ndarray) -> SegmentKV:
     """Entries of a group of layers, joined where they lie in several runs."""
-    return _joined([past.run(int(i), int(i) + 1) for i in layers])
+    return joined([past.run(int(i), int(i) + 1) for i in layers])
 
 
-def _joined(segments: list[SegmentKV]) -> SegmentKV:
+def joined(segments: list[SegmentKV]) -> SegmentKV:
     """Runs of layers as one, empty slots added in front of the shorter ones: decoding compiles once."""
     slots = max(segment.k.shape[3] for segment in segments)
 

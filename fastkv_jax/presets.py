@@ -4,6 +4,7 @@ import dataclasses
 import importlib.resources
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
@@ -44,13 +45,29 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Preset:
-    """The preset called `name`, or `FastKVConfigError` with the names there are."""
+    """The preset called `name`, or in a .yaml file of the user's; `FastKVConfigError` with the names there are."""
+    if name.endswith(".yaml") and Path(name).is_file():
+        return _from_file(Path(name))
     for folder in _FOLDERS:
         file = _configs().joinpath(folder, f"{name}.yaml")
         if name in names() and file.is_file():
             preset = dict(yaml.safe_load(file.read_text(encoding="utf-8"))["preset"])
             return Preset(name, preset.pop("window_end"), preset)
     raise FastKVConfigError(f"unknown preset {name!r}; there are: {', '.join(names())}")
+
+
+def _from_file(path: Path) -> Preset:
+    """A file like those of configs/: only its `preset` section counts."""
+    try:
+        preset = dict(yaml.safe_load(path.read_text(encoding="utf-8"))["preset"])
+        window_end = preset.pop("window_end")
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError, KeyError) as error:
+        raise FastKVConfigError(f"{path} has no usable section 'preset': {error}") from error
+    if window_end not in ("question", "prompt"):
+        raise FastKVConfigError(f"{path}: window_end must be 'question' or 'prompt', got {window_end!r}")
+    for name in preset.keys() - set(settings_of("fastkv")):
+        raise FastKVConfigError(f"{path}: {name} is not a setting; there are: {', '.join(settings_of('fastkv'))}")
+    return Preset(path.stem, window_end, preset)
 
 
 def for_model(model: str) -> Preset:

@@ -36,6 +36,8 @@ MAY_IMPORT = {
     "cache_file": MIDDLE | {"checkpoint"},
     "text": MIDDLE | {"inference", "checkpoint"},
     "stream": MIDDLE | {"inference", "generation", "checkpoint", "text"},
+    "calibration": MIDDLE | {"presets"},
+    "calibrate": MIDDLE | {"stages", "adaptive", "inference", "generation", "checkpoint", "text", "calibration"},
     "explain": MIDDLE | {"inference", "checkpoint", "text"},
 }
 PUBLIC = {"fastkv_jax", "cli", "evals", "__main__"}  # may import everything below; "fastkv_jax" is its __init__

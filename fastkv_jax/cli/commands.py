@@ -1,4 +1,4 @@
-"""One name for all commands: fastkv-jax generate, convert, benchmark."""
+"""One name for all commands: fastkv-jax generate, convert, benchmark, calibrate."""
 
 import importlib
 import sys
@@ -8,6 +8,7 @@ COMMANDS = {
     "generate": "answer prompts",
     "convert": "write a model as this project's own checkpoint",
     "benchmark": "time prefill and decode against full context",
+    "calibrate": "choose the TSP layer, window and kernel for a model",
 }
 
 
