@@ -30,6 +30,7 @@ from fastkv_jax.attention import Platform
 from fastkv_jax.buckets import pad_batch, round_up
 from fastkv_jax.calibration import Calibration, Setting, best_answering, earliest_close
 from fastkv_jax.config import LlamaConfig
+from fastkv_jax.costs import layer_flops
 from fastkv_jax.errors import FastKVConfigError, InputError
 from fastkv_jax.generation import decode_chunks
 from fastkv_jax.inference import KERNELS, check_prompt, platform_of, prefill
@@ -37,7 +38,7 @@ from fastkv_jax.inputs import Prompt, static_tail
 from fastkv_jax.methods import FastKV, FullKV
 from fastkv_jax.methods.base import Layer, Method
 from fastkv_jax.methods.budgets import check_int
-from fastkv_jax.methods.plan import Kept, effective_budgets
+from fastkv_jax.methods.plan import effective_budgets
 from fastkv_jax.model import Llama, rms_norm
 from fastkv_jax.ops import Kernels, Ops
 from fastkv_jax.stages import (
@@ -459,22 +460,12 @@ def _says(made: Sequence[int], answer: Sequence[int], tokenizer: Any) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def prefill_flops(config: LlamaConfig, runs: Iterable[Kept]) -> int:
-    """Multiplications and additions of the layers' matrix products and of causal attention, for `effective_budgets`.
-
-    Per layer with S rows: 2 S (weights of a layer) + 2 S^2 H D; the mask halves the products q k^T and p v.
-    """
-    c = config
-    weights = 2 * c.hidden_size * c.head_dim * (c.num_heads + c.num_kv_heads) + 3 * c.hidden_size * c.intermediate_size
-    return sum(
-        (run.last - run.first + 1) * 2 * (run.tokens * weights + run.tokens**2 * c.num_heads * c.head_dim)
-        for run in runs
-    )
-
-
 def _flops_share(config: LlamaConfig, method: FastKV, sample: Sample) -> float:
     chosen, full = (
-        prefill_flops(config, effective_budgets(m, len(sample.token_ids), sample.window_end, config.num_layers))
+        sum(
+            (run.last - run.first + 1) * layer_flops(config, run.tokens)
+            for run in effective_budgets(m, len(sample.token_ids), sample.window_end, config.num_layers)
+        )
         for m in (method, FullKV())
     )
     return chosen / full

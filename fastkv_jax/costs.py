@@ -23,11 +23,6 @@ def prefill_flops(config: LlamaConfig, method: Method, n: int) -> float:
     return layers + 2.0 * config.hidden_size * config.vocab_size
 
 
-def entry_bytes(config: LlamaConfig, item_size: int) -> int:
-    """A key and a value of one cache head, and the position of the two."""
-    return 2 * config.head_dim * item_size + 4
-
-
 def decode_flops(config: LlamaConfig, entries_seen: int) -> float:
     """One token: all matrix products, the language-model head, and attention to `entries_seen` slots over all heads."""
     c = config

@@ -14,8 +14,9 @@ from PIL import Image
 import fastkv_jax as fk
 from examples import model_a
 from fastkv_jax import generation, presets, stages
-from fastkv_jax.calibrate import Sample, longest_run, make_samples, prefill_flops
+from fastkv_jax.calibrate import Sample, longest_run, make_samples
 from fastkv_jax.calibration import Calibration, Setting, best_answering, earliest_close
+from fastkv_jax.costs import layer_flops
 from fastkv_jax.methods.plan import effective_budgets
 from tolerances import LOGITS
 
@@ -174,16 +175,13 @@ def test_candidate_layers_compile_nothing_of_their_own():
 
 
 def test_the_cost_is_counted_from_shapes():
-    c, method = model_a().config, fastkv(TRIED, 1)
-    weights = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128  # q, k and v, o, MLP
-    expected = 2 * 2 * (200 * weights + 200**2 * 64) + 2 * 2 * (80 * weights + 80**2 * 64)
-    assert prefill_flops(c, effective_budgets(method, 200, 0, 4)) == expected
-    full = [prefill_flops(c, effective_budgets(fk.FullKV(), len(p), 0, 4)) for p in PROMPTS]
-    chosen = [
-        prefill_flops(c, effective_budgets(found().method(), len(p), end, 4))
-        for p, end in zip(PROMPTS, ENDS, strict=True)
-    ]
-    assert found().flops_share == pytest.approx(np.mean([a / b for a, b in zip(chosen, full, strict=True)]))
+    c = model_a().config
+    shares = []
+    for prompt, end in zip(PROMPTS, ENDS, strict=True):
+        runs = effective_budgets(found().method(), len(prompt), end, 4)
+        flops = sum((run.last - run.first + 1) * layer_flops(c, run.tokens) for run in runs)
+        shares.append(flops / (4 * layer_flops(c, len(prompt))))
+    assert found().flops_share == pytest.approx(np.mean(shares))
 
 
 def test_the_prefill_is_timed_when_asked_for():

@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "text": MIDDLE | {"inference", "checkpoint"},
     "stream": MIDDLE | {"inference", "generation", "checkpoint", "text"},
     "calibration": MIDDLE | {"presets"},
-    "calibrate": MIDDLE | {"stages", "adaptive", "inference", "generation", "checkpoint", "text", "calibration"},
+    "calibrate": MIDDLE
+    | {"stages", "adaptive", "inference", "generation", "checkpoint", "text", "calibration", "costs"},
     "explain": MIDDLE | {"inference", "checkpoint", "text"},
 }
 PUBLIC = {"fastkv_jax", "cli", "evals", "__main__"}  # may import everything below; "fastkv_jax" is its __init__
