@@ -2,7 +2,7 @@
 
     k, v [B, N, C, D]     | split 0    | split 1    |...     one program each, for the query heads that share the head
                           |tile|tile|..|tile|tile|..|        with a running maximum and sum (online softmax)
-    out  [B, N, splits, H/N, D], log_sum_exp [B, N, splits, H/N]     merged afterwards: 1 to 2 % of the bytes
+    out  [B, N, splits, H/N, D], log_sum_exp [B, N, splits, H/N]     merged afterwards: about 2 % of the bytes
 
 The online softmax is Milakov & Gimelshein's (arXiv 1805.02867), its use on tiles FlashAttention's (arXiv 2205.14135).
 """
