@@ -7,7 +7,7 @@ import numpy as np
 
 from fastkv_jax.errors import FastKVConfigError
 from fastkv_jax.methods.base import Layer, Scores, Segment
-from fastkv_jax.methods.budgets import at_least, check_int, check_layer
+from fastkv_jax.methods.budgets import Budget, at_least, check_int, check_layer
 from fastkv_jax.methods.compression import Compression
 from kernels_pallas import pool
 
@@ -40,7 +40,8 @@ class GemFilter(Compression):
 
     def plan(self, n: np.ndarray, num_layers: int) -> tuple[Segment, ...]:
         """A first pass that keeps nothing, and a second one from the bottom."""
-        chosen = at_least(1, self.budget(n), n)
+        chosen = at_least(1, Budget(self.retention_rate, self.capacity).of(n), n)  # as published: no window
+        chosen = np.where(n < self.min_prompt_to_compress, n, chosen) if self.published else self.budget(n)
         first = Segment(0, (self.filter_layer or 0) + 1, n, np.zeros_like(n))
         return first, Segment(0, num_layers, chosen, chosen, renumbered=self.published)
 

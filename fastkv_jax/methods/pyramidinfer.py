@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
+from fastkv_jax.errors import FastKVConfigError
 from fastkv_jax.methods.attention_sums import attention_sums
 from fastkv_jax.methods.base import Layer, Scores, Segment
 from fastkv_jax.methods.budgets import check_int, check_rate
@@ -33,6 +34,8 @@ class PyramidInfer:
     def __post_init__(self):
         check_rate("recent_ratio", self.recent_ratio)
         check_rate("decay_ratio", self.decay_ratio)
+        if not 0 < self.distance_weight < math.inf:  # NaN fails too
+            raise FastKVConfigError(f"distance_weight must be > 0, got {self.distance_weight}")
         check_int("sinks", self.sinks, 0)
         check_int("min_context", self.min_context, 0)
 

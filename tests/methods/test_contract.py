@@ -138,6 +138,14 @@ def ones() -> Layer:
     )  # fmt: skip
 
 
+def test_gemfilter_as_published_chooses_the_bare_share():
+    n = np.array([1, 40, 79, 96])
+    plan = fk.GemFilter.reference(filter_layer=1, retention_rate=0.1).plan(n, LAYERS)
+    assert plan[-1].tokens.tolist() == [1, 4, 7, 9]
+    ours = fk.GemFilter(filter_layer=1, retention_rate=0.1, window_size=8).plan(n, LAYERS)
+    assert ours[-1].tokens.tolist() == [1, 8, 8, 9]
+
+
 @pytest.mark.parametrize(
     ("segments", "message"),
     [

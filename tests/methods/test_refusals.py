@@ -34,6 +34,7 @@ BAD = [
     ({"filter_layer": None}, "give filter_layer, the layer that chooses the tokens"),
     ({"recent_ratio": 0}, r"recent_ratio must be in \(0, 1\], got 0"),
     ({"decay_ratio": 2}, r"decay_ratio must be in \(0, 1\], got 2"),
+    ({"distance_weight": 0}, "distance_weight must be > 0, got 0"),
     ({"min_context": -1}, "min_context must be an integer >= 0, got -1"),
     ({"beta": 0}, "beta must be an integer >= 1, got 0"),
     ({"score_layers": 0}, "score_layers must be an integer >= [12], got 0"),
@@ -58,7 +59,7 @@ def test_a_setting_that_cannot_work_is_refused(kind: type, given: dict[str, Any]
 def test_every_setting_with_a_range_is_tried():
     tried = {field for bad, _ in BAD for field in bad}
     fields = {field.name for kind in fk.METHODS.values() for field in dataclasses.fields(kind)}
-    free = {"published", "base", "compression", "selection", "tsp_layer", "tsp_layers", "distance_weight", "min_layer"}
+    free = {"published", "base", "compression", "selection", "tsp_layer", "tsp_layers", "min_layer"}
     assert fields - tried == free
 
 
