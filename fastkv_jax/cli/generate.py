@@ -107,8 +107,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> None:
     """Ranges of all flags that need no model. Raises `FastKVConfigError` naming flag, value and range."""
+    least = 1 if options.save_cache is None else 0
     rules: list[tuple[str, bool, str]] = [
-        ("max_new_tokens", options.max_new_tokens >= (options.save_cache is None), ">= 1 (0 with --save-cache)"),
+        ("max_new_tokens", options.max_new_tokens >= least, f">= {least}"),
         ("temperature", math.isfinite(options.temperature) and options.temperature >= 0, "finite and >= 0"),
         ("top_p", 0 < options.top_p <= 1, "in (0, 1]"),
         ("top_k", options.top_k >= 0, ">= 0 (0 = off)"),

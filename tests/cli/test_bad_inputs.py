@@ -66,7 +66,7 @@ SETTINGS = {
     "--retention-rate 0.1 --capacity 64": "--retention-rate 0.1 and --capacity 64 exclude each other; give one",
     "--tsp-rate 0.1 --tsp-length 64": "--tsp-rate 0.1 and --tsp-length 64 exclude each other; give one",
     "--method full --tsp-layer 3": "--tsp-layer 3 is not a setting of method 'full'",
-    "--min-prompt-to-compress -1": "min_prompt_to_compress must be >= 0, got -1",
+    "--min-prompt-to-compress -1": "min_prompt_to_compress must be an integer >= 0, got -1",
     "--mem-fraction 2": "--mem-fraction must be in (0, 1], got 2.0",
     "--raw --system x": "--raw has no place for --system or --prefill",
     "--output x.jsonl": "--output needs --input; a single answer goes to stdout",
