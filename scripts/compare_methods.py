@@ -63,6 +63,7 @@ def render(rows: list[Row]) -> str:
         perplexity = f"{np.exp(np.mean(row.nll)):.2f}" if row.nll else ""
         shares = (f"{100 * np.mean(share):.0f} %" for share in (row.kept, row.flops, row.bytes))
         kept, flops, size = shares
+        flops = "varies" if isinstance(row.method, fk.ASL) else flops  # with the layer that each prompt chooses
         lines.append(f"| {name} | {rate} | {' | '.join(right)} | {kept} | {perplexity} | {flops} | {size} |")
     return "\n".join(lines) + "\n"
 

@@ -100,9 +100,9 @@ def given(options: argparse.Namespace) -> dict[str, Any]:
 
 def _settings() -> dict[str, Any]:
     """Every method's fields and their types."""
-    return {
-        field.name: field.type
-        for name, method in METHODS.items()
-        for field in dataclasses.fields(method)
-        if field.name in presets.settings_of(name)
-    }
+    found: dict[str, Any] = {}
+    for name, method in METHODS.items():
+        for field in dataclasses.fields(method):
+            if field.name in presets.settings_of(name):
+                found.setdefault(field.name, field.type)  # FastKV's come first, and allow the most
+    return found

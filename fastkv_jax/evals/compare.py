@@ -144,18 +144,19 @@ def _caches(
     model: Llama, rows: Sequence[Row], prompt: list[int], window_end: int, columns: int
 ) -> Iterator[tuple[Row, KVCache]]:
     tokens, start = pad_batch([prompt], columns)
-    together = [row for row in rows if _one_pass(row.method)]
+    layers = model.config.num_layers
+    together = [row for row in rows if _one_pass(row.method, layers)]
     yield from zip(together, read_all(model, tokens, start, [row.method for row in together], window_end), strict=True)
     for row in rows:
-        if not _one_pass(row.method):
+        if not _one_pass(row.method, layers):
             options: dict[str, Any] = {"method": row.method, "max_new_tokens": 0, "window_end": window_end}
             yield row, prefill(model, tokens, start, **options).cache
 
 
-def _one_pass(method: Method) -> bool:
+def _one_pass(method: Method, num_layers: int) -> bool:
     """Whether every token goes through every layer."""
     n = np.array([1 << 20])
-    return not isinstance(method, ASL) and all(run.tokens >= n for run in method.plan(n, 8))
+    return not isinstance(method, ASL) and all(run.tokens >= n for run in method.plan(n, num_layers))
 
 
 # ------------------------------------------------------------------------------------------------- one pass for all

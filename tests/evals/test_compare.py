@@ -5,7 +5,7 @@ import pytest
 
 import fastkv_jax as fk
 from examples import BUCKET, EXAMPLES, PROMPTS, model_a, ragged
-from fastkv_jax.evals.compare import Question, Row, compare, methods_at, read_all
+from fastkv_jax.evals.compare import Question, Row, _one_pass, compare, methods_at, read_all
 
 DROP_TOKENS = ("fastkv", "gemfilter", "pyramidinfer", "claa", "asl")
 ALONE = [method for name, examples in EXAMPLES.items() for method in examples if name not in DROP_TOKENS]
@@ -30,6 +30,11 @@ def rows():
     wrong = question._replace(answer=[(t + 1) % 128 for t in question.answer])
     compare(model_a(), rows, {"right": [question], "wrong": [wrong]}, [random.integers(0, 128, 100).tolist()], 128)
     return {row.name: row for row in rows}
+
+
+def test_a_late_tsp_layer_is_no_single_pass():
+    assert not _one_pass(fk.FastKV(tsp_layer=14), 30) and not _one_pass(fk.CLAA(tsp_layer=28), 30)
+    assert _one_pass(fk.AdaKV(), 30) and _one_pass(fk.FullKV(), 30) and not _one_pass(fk.ASL(), 30)
 
 
 def test_full_context_says_what_it_says_and_keeps_all(rows):
