@@ -165,7 +165,8 @@ def calibrate(
     platform: Platform | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Calibration:
-    """Measure and choose: the earliest TSP layer, then the smallest kernel and window, that answers like full context.
+    """Measure and choose: the earliest TSP layer, then the smallest kernel and window, that answers like full context,
+    or the most; see `best_answering`.
 
     name            of the model, for the report
     layers          candidates for the TSP layer, the last one being the paper's L_max; None: a quarter of the model to
@@ -219,9 +220,10 @@ def calibrate(
     best = tuple(settings[place] for place in tried)
     right_full = sum(survey.right for survey in surveys)
     countable = bool(right_full and right.any())
-    setting = best_answering(candidates, best, right, right_full)[1] if countable else best[0]
+    shares = propagated[np.ix_(tried, candidates)]
+    layer, setting = best_answering(candidates, best, right, right_full, shares) if countable else (-1, best[0])
     by_distance = earliest_close(candidates, distance[best.index(setting)], tolerance)
-    layer = best_answering(candidates, best, right, right_full)[0] if countable else by_distance
+    layer = layer if countable else by_distance
     chosen = FastKV(tsp_layer=layer, **rates, **setting._asdict())
     return Calibration(
         model=name,

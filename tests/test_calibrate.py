@@ -221,9 +221,17 @@ SMALL, LONG, DEEP = Setting(8, 7, "max"), Setting(32, 7, "max"), Setting(8, 21, 
     ],
 )
 def test_the_earliest_layer_then_the_smallest_kernel_and_window_that_answers_enough(right, wanted, chosen):
-    assert best_answering((10, 11, 12, 13), (SMALL, LONG, DEEP), np.array(right), wanted) == chosen
-    shuffled = [right[2], right[1], right[0]]
-    assert best_answering((10, 11, 12, 13), (DEEP, LONG, SMALL), np.array(shuffled), wanted) == chosen
+    layers, counts = (10, 11, 12, 13), np.array(right)
+    for shares in (np.full((3, 4), 0.9), np.full((3, 4), np.nan)):
+        assert best_answering(layers, (SMALL, LONG, DEEP), counts, wanted, shares) == chosen
+        assert best_answering(layers, (DEEP, LONG, SMALL), counts[::-1], wanted, shares) == chosen
+
+
+def test_right_answers_that_were_cut_count_as_luck():
+    right = np.array([[8, 8, 8, 2], [8, 7, 8, 8]])
+    shares = np.array([[0.8, 0.97, 0.985, 1.0], [0.6, 1.0, 0.99, 1.0]])
+    assert best_answering((10, 11, 12, 13), (SMALL, LONG), right, 8, shares) == (12, SMALL)
+    assert best_answering((10, 11, 12, 13), (SMALL, LONG), right, 8, shares[:, ::-1]) == (10, SMALL)
 
 
 def test_the_most_promising_settings_pass_tsp_and_are_held_by_a_later_head():
