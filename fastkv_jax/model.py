@@ -17,6 +17,8 @@ from jaxtyping import Array, Float, Int
 from fastkv_jax import rope
 from fastkv_jax.config import LlamaConfig
 
+_ROWS = 2048  # of the MLP at once: eight times what an accelerator's matrix units need to outrun its memory
+
 
 def rms_norm(x: Float[Array, "*S E"], weight: Float[Array, " E"], eps: float) -> Float[Array, "*S E"]:
     """Root-mean-square norm, computed in float32. Source: arXiv 1910.07467, eq. 4."""
@@ -73,12 +75,32 @@ class Block(nnx.Module):
         return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v
 
     def output(self, x: Float[Array, "B T E"], attended: Float[Array, "B H T D"]) -> Float[Array, "B T E"]:
-        """The residual stream after attention's projection and the MLP of one layer."""
+        """The residual stream after attention's projection and the MLP of one layer, a block of rows at a time.
+
+        Rows do not see each other here: blocks keep the MLP's wide activations small, and x is updated in place.
+        """
         bias = None if self.bo is None else self.bo[...]
-        x = x + linear(rearrange(attended, "b h t d -> b t (h d)"), self.wo[...], bias)
-        y = rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps)
-        gated = jax.nn.silu(linear(y, self.w_gate[...])) * linear(y, self.w_up[...])
-        return x + linear(gated, self.w_down[...])
+
+        def of_rows(x, attended):
+            x = x + linear(rearrange(attended, "b h t d -> b t (h d)"), self.wo[...], bias)
+            y = rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps)
+            gated = jax.nn.silu(linear(y, self.w_gate[...])) * linear(y, self.w_up[...])
+            return x + linear(gated, self.w_down[...])
+
+        tokens = x.shape[1]
+        blocks = -(-tokens // _ROWS)
+        if blocks <= 1:
+            return of_rows(x, attended)
+        rows = -(-tokens // (blocks * 128)) * 128
+
+        def one_block(i, x):
+            first = jnp.minimum(i * rows, tokens - rows)  # the last block begins in the one before it
+            old = lax.dynamic_slice_in_dim(x, first, rows, axis=1)
+            new = of_rows(old, lax.dynamic_slice_in_dim(attended, first, rows, axis=2))
+            is_new = first + jnp.arange(rows) >= i * rows
+            return lax.dynamic_update_slice_in_dim(x, jnp.where(is_new[:, None], new, old), first, axis=1)
+
+        return lax.fori_loop(0, blocks, one_block, x)
 
 
 class Llama(nnx.Module):
