@@ -90,7 +90,7 @@ class SegmentKV:
         if self.k_scale is None or self.v_scale is None:
             return self
         k, v = (
-            (a.astype(jnp.float32) * s[..., None]).astype(dtype)
+            (a.astype(jnp.float32) * s.astype(jnp.float32)[..., None]).astype(dtype)
             for a, s in ((self.k, self.k_scale), (self.v, self.v_scale))
         )
         return SegmentKV(k, v, self.positions, sharing=self.sharing)

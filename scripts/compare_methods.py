@@ -3,6 +3,7 @@
   compare_methods.py --output docs/methods_table.md
 
 Prints a Markdown table. Texts are our own chronicle, or pieces of the .txt files of a folder (--haystack FOLDER).
+The cache's bytes are a share of full context's in the model's dtype.
 """
 
 import argparse
@@ -74,17 +75,21 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--count", type=int, default=16, help="needles of each of the two kinds, >= 1")
     parser.add_argument("--texts", type=int, default=4, help="texts for the perplexity, of 2,048 tokens")
-    parser.add_argument("--budgets", default="0.1,0.2,0.5", help="shares of the entries that stay")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--budgets", default="0.1,0.2,0.5", help="shares of the entries that stay, or none")
+    parser.add_argument("--kv-dtypes", default="", help="also full context and the preset with caches of int8 and so on")
     parser.add_argument("--haystack", type=Path, metavar="FOLDER")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    model, tokenizer = fk.load_model(options.model, dtype="float32"), fk.load_tokenizer(options.model)
+    model, tokenizer = fk.load_model(options.model, dtype=options.dtype), fk.load_tokenizer(options.model)
     layers = model.config.num_layers
     rows = [Row("full@100 %", fk.FullKV())]
-    for rate in map(float, options.budgets.split(",")):
+    for rate in map(float, filter(None, options.budgets.split(","))):
         rows += [Row(f"{name}@{rate:.0%}".replace("%", " %"), method) for name, method in methods_at(rate, layers)]
     preset = presets.build("fastkv", presets.for_model(options.model), {}, layers)
-    rows += [Row("fastkv@preset", preset), Row("pyramidinfer@", fk.PyramidInfer())]
+    rows += [Row("fastkv@preset", preset), *([Row("pyramidinfer@", fk.PyramidInfer())] if options.budgets else [])]
+    for dtype in filter(None, options.kv_dtypes.split(",")):
+        rows += [Row(f"full@{dtype}", fk.FullKV(), dtype), Row(f"fastkv@preset, {dtype}", preset, dtype)]
     asked = {str(keys): questions(tokenizer, options.count, keys, options.haystack) for keys in (1, 4)}
     pieces = texts(tokenizer, options.texts, 2048, options.haystack)
     with tqdm(total=2 * options.count + options.texts, unit="text", file=sys.stderr) as bar:

@@ -135,6 +135,8 @@ def test_entries_of_8_bits_are_near_and_travel_with_their_scales(dtype):
     assert small.k.dtype == dtype and small.k_scale.shape == (1, 1, 3, 4)
     size = lambda segment: sum(a.nbytes for a in jax.tree.leaves(segment))  # noqa: E731
     assert size(small) < 0.5 * size(whole)
+    at_64 = SegmentKV(*2 * (jnp.zeros((1, 1, 3, 4, 64), jnp.bfloat16),), entries(3, 4).positions)
+    assert size(at_64.quantized(dtype)) < 0.53 * size(at_64)
     near = small.dequantized(jnp.float32)
     np.testing.assert_allclose(near.k, k, rtol=0, atol=0.1)
     np.testing.assert_allclose(near.v, 2 * k, rtol=0, atol=0.2)

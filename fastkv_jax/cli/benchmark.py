@@ -5,11 +5,13 @@ what to read: seconds belong to one machine on one day.
 
   benchmark.py --tokens 4096 8000
   benchmark.py --tokens 4096 --against transformers      (needs torch)
+  benchmark.py kernels --help                            (each kernel against the device's own copy and product)
 """
 
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -73,8 +75,12 @@ def parser() -> common.Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    options = parser().parse(argv)
-    return common.run(_run, options)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["kernels"]:
+        from fastkv_jax.cli import benchmark_kernels
+
+        return benchmark_kernels.main(words[1:])
+    return common.run(_run, parser().parse(words))
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -45,6 +45,7 @@ class Row:
 
     name: str
     method: Method
+    kv_dtype: str | None = None  # "int8" or "float8_e4m3fn"; None: the model's
     right: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
     kept: list[float] = field(default_factory=list)  # share of the answer's entries that stay
     nll: list[float] = field(default_factory=list)
@@ -109,11 +110,13 @@ def full_bytes(model: Llama, n: int) -> int:
 
 
 def used_bytes(cache: KVCache) -> int:
-    """K and V of the slots that hold an entry."""
-    return sum(
-        int((segment.positions >= 0).sum()) * 2 * segment.k.shape[-1] * segment.k.dtype.itemsize
-        for segment in cache.segments
-    )
+    """K and V of the slots that hold an entry, with their scales."""
+    total = 0
+    for segment in cache.segments:
+        scale = 0 if segment.k_scale is None else segment.k_scale.dtype.itemsize
+        slot = 2 * (segment.k.shape[-1] * segment.k.dtype.itemsize + scale)
+        total += int((segment.positions >= 0).sum()) * slot
+    return total
 
 
 def _says(model: Llama, cache: KVCache, question: Question) -> bool:
@@ -145,12 +148,22 @@ def _caches(
 ) -> Iterator[tuple[Row, KVCache]]:
     tokens, start = pad_batch([prompt], columns)
     layers = model.config.num_layers
-    together = [row for row in rows if _one_pass(row.method, layers)]
-    yield from zip(together, read_all(model, tokens, start, [row.method for row in together], window_end), strict=True)
+    by_method: dict[Method, list[Row]] = defaultdict(list)
     for row in rows:
-        if not _one_pass(row.method, layers):
-            options: dict[str, Any] = {"method": row.method, "max_new_tokens": 0, "window_end": window_end}
-            yield row, prefill(model, tokens, start, **options).cache
+        by_method[row.method].append(row)
+    together = [method for method in by_method if _one_pass(method, layers)]
+    found = dict(zip(together, read_all(model, tokens, start, together, window_end), strict=True))
+    for method, mine in by_method.items():
+        cache = found.pop(method, None)
+        if cache is None:
+            cache = prefill(model, tokens, start, method=method, max_new_tokens=0, window_end=window_end).cache
+        for row in mine:
+            yield row, cache if row.kv_dtype is None else _in_8_bits(cache, row.kv_dtype)
+
+
+def _in_8_bits(cache: KVCache, dtype: str) -> KVCache:
+    """What prefill with this `kv_dtype` leaves: entries become small when all has been computed."""
+    return dataclasses.replace(cache, segments=tuple(s.quantized(dtype) for s in cache.segments))
 
 
 def _one_pass(method: Method, num_layers: int) -> bool:

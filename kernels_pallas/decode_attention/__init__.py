@@ -28,7 +28,7 @@ def decode_attention(
 
     N and K may differ (a cache per query head); both divide H. In a flat cache, N = 1, all KV heads share the slots:
     `heads` names the KV head of each, and a query sees the slots of its own head only.
-    A prompt cache of 8 bits (int8, float8_e4m3fn) holds values / scale, as `quantize` makes it, scales in float32.
+    A prompt cache of 8 bits (int8, float8_e4m3fn) holds values / scale, as `quantize` makes it, scales in bfloat16.
     Logits and weights in float32, output in q's dtype. `interpret` runs the kernels of a platform on the CPU.
     Raises `ValueError` where the shapes or dtypes do not fit.
     """

@@ -110,7 +110,7 @@ def _kernel(
 
         logits = _product(q, entries(slots.k), 1) * dim**-0.5  # [rows, slots]
         if slots.k_scale is not None:
-            logits *= numbers(slots.k_scale)[None]
+            logits *= numbers(slots.k_scale).astype(jnp.float32)[None]
         there = (slot < used)[None]
         if slots.positions is not None:
             there &= (numbers(slots.positions) >= 0)[None]
@@ -123,7 +123,7 @@ def _kernel(
         weights, fade = jnp.exp(logits - finite[:, None]), jnp.exp(before - finite)
         total = total * fade + weights.sum(axis=1)
         if slots.v_scale is not None:
-            weights *= numbers(slots.v_scale)[None]
+            weights *= numbers(slots.v_scale).astype(jnp.float32)[None]
         return most, total, out * fade[:, None] + _product(weights.astype(q.dtype), entries(slots.v), 0)
 
     steps = pl.cdiv(pl.cdiv(capacity, tiles.slots), tiles.splits)  # of one split

@@ -19,8 +19,8 @@ class Slots(NamedTuple):
     v: Any  # [B, N, C, D]
     positions: Any = None  # [B, N, C] int32, -1 in an empty slot
     heads: Any = None  # [B, 1, C] int32, the KV head a slot of a flat cache belongs to
-    k_scale: Any = None  # [B, N, C] float32
-    v_scale: Any = None  # [B, N, C] float32
+    k_scale: Any = None  # [B, N, C] bfloat16
+    v_scale: Any = None  # [B, N, C] bfloat16
 
 
 # attend(q [B, H, D], slots, used [B], group) -> out [B, H, P, D] float32, log_sum_exp [B, H, P] float32, of P parts:

@@ -23,13 +23,13 @@ def decode_attention(q, k_prompt, v_prompt, positions, k_new, v_new, filled, hea
 def _logits(q, k, scale):
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
     products = jnp.einsum("bngd,bncd->bngc", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32)
-    scaled = products if scale is None else products * scale[:, :, None]
+    scaled = products if scale is None else products * scale.astype(jnp.float32)[:, :, None]
     return scaled * q.shape[-1] ** -0.5
 
 
 def _mix(weights, v, scale, dtype):
     batch, query_heads, slots = weights.shape
     grouped = weights.reshape(batch, v.shape[1], query_heads // v.shape[1], slots)
-    grouped = (grouped if scale is None else grouped * scale[:, :, None]).astype(dtype)
+    grouped = (grouped if scale is None else grouped * scale.astype(jnp.float32)[:, :, None]).astype(dtype)
     mixed = jnp.einsum("bngc,bncd->bngd", grouped, v.astype(dtype), preferred_element_type=jnp.float32)
     return mixed.reshape(batch, query_heads, -1)

@@ -113,7 +113,7 @@ def _kernel(
     def _():
         logits = _product(q_ref[...], slots.k[...].astype(q_ref.dtype), 2) * dim**-0.5  # [N, H/N, slots]
         if slots.k_scale is not None:
-            logits *= slots.k_scale[...][:, None]
+            logits *= slots.k_scale[...].astype(jnp.float32)[:, None]
         there = step * size + lax.broadcasted_iota(jnp.int32, logits.shape, 2) < used
         if slots.positions is not None:
             there &= slots.positions[...][:, None] >= 0
@@ -129,7 +129,7 @@ def _kernel(
         total_ref[...] = total_ref[...] * fade + weights.sum(axis=2, keepdims=True)
 
         if slots.v_scale is not None:
-            weights = jnp.where(there, weights * slots.v_scale[...][:, None], 0.0)
+            weights = jnp.where(there, weights * slots.v_scale[...].astype(jnp.float32)[:, None], 0.0)
         values = slots.v[...].astype(q_ref.dtype)
         if capacity % size:  # behind the end of the array stands anything, and 0 * NaN is NaN
             slot = step * size + lax.broadcasted_iota(jnp.int32, values.shape, 1)

@@ -5,7 +5,7 @@ import pytest
 
 import fastkv_jax as fk
 from examples import BUCKET, EXAMPLES, PROMPTS, model_a, ragged
-from fastkv_jax.evals.compare import Question, Row, _one_pass, compare, methods_at, read_all
+from fastkv_jax.evals.compare import Question, Row, _caches, _one_pass, compare, methods_at, read_all, used_bytes
 
 DROP_TOKENS = ("fastkv", "gemfilter", "pyramidinfer", "claa", "asl")
 ALONE = [method for name, examples in EXAMPLES.items() for method in examples if name not in DROP_TOKENS]
@@ -35,6 +35,19 @@ def rows():
 def test_a_late_tsp_layer_is_no_single_pass():
     assert not _one_pass(fk.FastKV(tsp_layer=14), 30) and not _one_pass(fk.CLAA(tsp_layer=28), 30)
     assert _one_pass(fk.AdaKV(), 30) and _one_pass(fk.FullKV(), 30) and not _one_pass(fk.ASL(), 30)
+
+
+@pytest.mark.parametrize("method", [fk.FullKV(), EXAMPLES["fastkv"][0]], ids=["full", "fastkv"])
+def test_entries_of_8_bits_are_those_of_prefill(method):
+    row = Row("", method, "int8")
+    ((_, cache), (_, whole)) = _caches(model_a(), [row, Row("", method)], PROMPTS[4].tolist(), 0, BUCKET)
+    tokens, start = fk.pad_batch([PROMPTS[4]], BUCKET)
+    theirs = fk.prefill(model_a(), tokens, start, method=method, max_new_tokens=0, kv_dtype="int8").cache
+    for mine, other in zip(cache.segments, theirs.segments, strict=True):
+        for name in ("k", "v", "k_scale", "v_scale", "positions"):
+            np.testing.assert_array_equal(getattr(mine, name), getattr(other, name))
+    dim = model_a().config.head_dim
+    assert used_bytes(cache) * 4 * dim == used_bytes(whole) * (dim + 2)
 
 
 def test_full_context_says_what_it_says_and_keeps_all(rows):

@@ -46,7 +46,7 @@ def attention(
     slots = (1, cache_heads, capacity)
     more: dict[str, Shape] = {"heads": (slots, jnp.int32)} if flat else {}
     if jnp.dtype(cache).itemsize == 1:
-        more |= {"k_scale": (slots, jnp.float32), "v_scale": (slots, jnp.float32)}
+        more |= {"k_scale": (slots, jnp.bfloat16), "v_scale": (slots, jnp.bfloat16)}
     prompt, new = ((*slots, dim), cache), ((1, kv_heads, 256, dim), dtype)
     arrays = [((1, heads, dim), dtype), prompt, prompt, (slots, jnp.int32), new, new, ((1,), jnp.int32)]
     run = functools.partial(kernels_pallas.decode_attention, implementation="tpu")

@@ -37,7 +37,7 @@ every_implementation = pytest.mark.parametrize("implementation", list(IMPLEMENTA
 def expected(q, k_prompt, v_prompt, positions, k_new, v_new, filled, heads=None, k_scale=None, v_scale=None):
     """[B, H, D], one head at a time, over the entries that are there."""
     if k_scale is not None:
-        k_prompt, v_prompt = k_prompt * k_scale[..., None], v_prompt * v_scale[..., None]
+        k_prompt, v_prompt = k_prompt * np.float64(k_scale)[..., None], v_prompt * np.float64(v_scale)[..., None]
     batch, query_heads, dim = q.shape
     out = np.zeros(q.shape)
     for b, h in np.ndindex(batch, query_heads):

@@ -67,7 +67,7 @@ def test_decode_attention_is_lowered(heads, kv_heads, cache_heads, capacity, dim
     arrays = array(heads, dim, dtype=dtype), prompt, prompt, array(*slots), new, new, array()
     more = {"heads": array(*slots)} if cache_heads == 1 else {}
     if jnp.dtype(cache).itemsize == 1:
-        more |= {"k_scale": array(*slots, dtype=jnp.float32), "v_scale": array(*slots, dtype=jnp.float32)}
+        more |= {"k_scale": array(*slots, dtype=jnp.bfloat16), "v_scale": array(*slots, dtype=jnp.bfloat16)}
     run = functools.partial(kernels_pallas.decode_attention, implementation="gpu")
     assert triton_calls(run, *arrays, **more) == (2 if capacity else 1)
 

@@ -1,0 +1,233 @@
+"""How close each kernel comes to what this device can do: its bytes against a copy, its FLOPs against a matrix product.
+
+Copy and product are measured in the same run, interleaved with the kernels. Shapes are those of a layer of
+Llama-3.1-8B: 32 query heads, 8 KV heads, head size 128.
+
+  benchmark.py kernels --platform gpu
+  benchmark.py kernels --tokens 131072 --slots 13184 --rows 8 --json
+"""
+
+import argparse
+import importlib.metadata
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastkv_jax.cli import common
+from fastkv_jax.errors import FastKVConfigError
+
+HEADS, KV_HEADS, DIM, WINDOW = 32, 8, 128, 8
+TARGETS = {"window_scores": 0.85, "decode_attention": 0.75}  # shares of the copy rate; the latter from 4,096 slots on
+LEAST_S = 0.1  # of one timing: far above a clock's and a dispatch's noise
+
+
+@dataclass
+class Case:
+    """One operation on one shape."""
+
+    name: str
+    shape: str
+    run: Callable[..., Any]
+    args: tuple[Any, ...]
+    bytes: float
+    flops: float
+    seconds: list[float] = field(default_factory=list)
+
+
+def parser() -> common.Parser:
+    """All flags, with their ranges."""
+    parser = common.Parser(prog="benchmark.py kernels", description=__doc__)
+    group = parser.add_argument_group("what to time")
+    group.add_argument("--tokens", type=int, nargs="+", metavar="T", help="prompt lengths, >= 128 (default: 32768 and "
+                       "131072; on a CPU 8192)")  # fmt: skip
+    group.add_argument("--slots", type=int, nargs="+", metavar="C", help="entries of a compressed cache, >= 1 "
+                       "(default: 4096 and 13184)")  # fmt: skip
+    group.add_argument("--rows", type=int, default=8, metavar="B", help="batch of the decode step, >= 1 (default: 8)")
+    group.add_argument("--repeats", type=int, default=5, metavar="N", help="timed rounds, >= 1 (default: 5)")
+    group.add_argument("--kernels", choices=("reference", "tpu", "gpu"), help="default: the platform's; CPU: reference")
+    group.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    common.add_run_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    return common.run(_run, parser().parse(argv))
+
+
+def _run(options: argparse.Namespace) -> int:
+    for name, least in (("tokens", 128), ("slots", 1), ("rows", 1), ("repeats", 1)):
+        given = getattr(options, name)
+        value = min(given) if isinstance(given, list) else given
+        if value is not None and value < least:
+            raise FastKVConfigError(f"{name} must be >= {least}, got {value}")
+    platform = common.choose_platform(options)
+    if not options.no_compile_cache:
+        common.use_compile_cache()
+    import jax
+
+    from fastkv_jax.cli.report import Reporter
+
+    kernels = options.kernels or ("reference" if platform == "cpu" else platform)
+    tokens = options.tokens or ([8192] if platform == "cpu" else [32_768, 131_072])
+    say = Reporter(quiet=options.quiet)
+    say.header(platform, "float32" if platform == "cpu" else "bfloat16")
+    cases = _cases(platform, kernels, tokens, options.slots or [4096, 13_184], options.rows)
+    _time(cases, options.repeats, say)
+    found = {
+        "device": jax.devices()[0].device_kind,
+        "jax": importlib.metadata.version("jax"),
+        "kernels": kernels,
+        **_rates(cases[0], cases[1]),
+        "rows": [_row(case, cases[0], cases[1]) for case in cases[2:]],
+    }
+    print(json.dumps(found)) if options.json else _table(found)
+    return common.OK
+
+
+def _cases(platform: Any, kernels: Any, tokens: list[int], slots: list[int], rows: int) -> list[Case]:
+    """The two yardsticks, copy and product, then the operations."""
+    import jax
+    import jax.numpy as jnp
+
+    import kernels_pallas
+    from fastkv_jax.attention import attention
+
+    dtype = jnp.dtype("float32" if platform == "cpu" else "bfloat16")
+    small = platform == "cpu"
+    keys = iter(jax.random.split(jax.random.key(0), 1000))
+    normal = lambda *shape: jax.random.normal(next(keys), shape, dtype)  # noqa: E731
+    many, side = (1 << 26) if small else (1 << 29), 2048 if small else 8192
+    scaled = normal(side, side) / jnp.asarray(side**0.5, dtype)
+    copy = Case("copy", f"{many * dtype.itemsize >> 20} MiB", lambda x: -x,
+                (jnp.zeros(many, dtype),), 2 * many * dtype.itemsize, 0)  # fmt: skip
+    product = Case("product", f"{side} cubed", lambda a, b: a @ b,
+                   (normal(side, side), scaled), 3 * side**2 * dtype.itemsize, 2 * side**3)  # fmt: skip
+    cases = [copy, product]
+    zeros = lambda n: jnp.zeros(n, jnp.int32)  # noqa: E731
+    for t in tokens:
+        q, k = normal(1, HEADS, WINDOW, DIM), normal(1, KV_HEADS, t, DIM)
+
+        def scores(q, k, t=t):
+            return kernels_pallas.window_scores(
+                q, k, zeros(1), zeros(1) + t, kernel_size=7, pooling="avg",
+                implementation=kernels,
+            )  # fmt: skip
+
+        moved = k.nbytes + q.nbytes + 4 * KV_HEADS * t
+        cases.append(Case("window_scores", f"K {KV_HEADS}, T {t:,}", scores, (q, k), moved, 4 * q.size * t))
+        capacity = -(-t // 10 // 128) * 128
+
+        def select(scores, capacity=capacity, t=t):
+            count = jnp.full((1, KV_HEADS), t // 10, jnp.int32)
+            return kernels_pallas.select(scores, count, capacity, implementation=kernels)
+
+        given = jax.random.uniform(next(keys), (1, KV_HEADS, t))
+        moved = given.nbytes + 4 * KV_HEADS * capacity
+        cases.append(Case("select", f"K {KV_HEADS}, T {t:,}, C {capacity:,}", select, (given,), moved, 0))
+    for c in slots:
+        for kind in (dtype.name, "int8", "float8_e4m3fn"):
+            k, v = normal(rows, KV_HEADS, c, DIM), normal(rows, KV_HEADS, c, DIM)
+            scales: tuple[Any, ...] = ()
+            if kind != dtype.name:
+                (k, k_scale), (v, v_scale) = kernels_pallas.quantize(k, kind), kernels_pallas.quantize(v, kind)
+                scales = (k_scale, v_scale)
+            q, new = normal(rows, HEADS, DIM), normal(rows, KV_HEADS, 128, DIM)
+            positions = jnp.broadcast_to(jnp.arange(c), (rows, KV_HEADS, c))
+
+            def decode(q, k, v, positions, new, *scales):
+                names = dict(zip(("k_scale", "v_scale"), scales, strict=False))
+                filled = jnp.full(q.shape[0], 64, jnp.int32)
+                return kernels_pallas.decode_attention(
+                    q, k, v, positions, new, new, filled, implementation=kernels, **names
+                )
+
+            args = (q, k, v, positions, new, *scales)
+            moved = sum(a.nbytes for a in (k, v, positions, *scales)) + new.nbytes
+            shape = f"B·K {rows * KV_HEADS}, C {c:,}, {kind}"
+            cases.append(Case("decode_attention", shape, decode, args, moved, 4 * rows * HEADS * c * DIM))
+    t = min(4096 if small else 32_768, max(tokens))
+    q, k, v = normal(1, HEADS, t, DIM), normal(1, KV_HEADS, t, DIM), normal(1, KV_HEADS, t, DIM)
+
+    def whole(q, k, v):
+        return attention(q, k, v, zeros(1), platform=platform)
+
+    moved = 2 * (q.nbytes + k.nbytes)
+    cases.append(Case("prefill attention", f"H {HEADS}, T {t:,}", whole, (q, k, v), moved, 2 * HEADS * DIM * t * t))
+    return cases
+
+
+def _time(cases: list[Case], repeats: int, say) -> None:
+    """Seconds of one call: what n more calls in one program take, divided by n; cases take turns."""
+    import jax
+    from jax import lax
+
+    programs = []
+    for case in cases:
+
+        @jax.jit
+        def program(times, *args, run=case.run):
+            def again(_, carry):
+                args, out = carry
+                nothing = jax.tree.leaves(out)[0].ravel()[0] * 0
+                touch = lambda a: a.at[(0,) * a.ndim].add(nothing.astype(a.dtype))  # noqa: E731 - in place
+                args = tuple(map(touch, args))  # they now depend on the call before: nothing can leave the loop
+                return args, run(*args)
+
+            return lax.fori_loop(0, times, again, (args, run(*args)))[1]
+
+        def took(times: int, program=program, case=case) -> float:
+            began = time.perf_counter()
+            jax.block_until_ready(program(times, *case.args))
+            return time.perf_counter() - began
+
+        took(0)  # compiles
+        times = 1
+        while took(times) < LEAST_S:
+            times *= 2
+        programs.append((took, times))
+        say.line("ready", f"{case.name}, {case.shape}: {times} calls a timing")
+    for turn in range(repeats):
+        say.line("round", f"{turn + 1} of {repeats}")
+        for case, (took, times) in zip(cases, programs, strict=True):
+            case.seconds.append((took(2 * times) - took(times)) / times)
+
+
+def _rates(copy: Case, product: Case) -> dict[str, float]:
+    return {
+        "copy_bytes_per_s": copy.bytes / statistics.median(copy.seconds),
+        "product_flops_per_s": product.flops / statistics.median(product.seconds),
+    }
+
+
+def _row(case: Case, copy: Case, product: Case) -> dict[str, Any]:
+    """Medians, and the shares of what the device can do."""
+    seconds, rates = statistics.median(case.seconds), _rates(copy, product)
+    return {
+        "op": case.name,
+        "shape": case.shape,
+        "us": 1e6 * seconds,
+        "us_range": [1e6 * min(case.seconds), 1e6 * max(case.seconds)],
+        "bytes": case.bytes,
+        "flops": case.flops,
+        "share_of_copy": case.bytes / seconds / rates["copy_bytes_per_s"],
+        "share_of_product": case.flops / seconds / rates["product_flops_per_s"],
+        "target": TARGETS.get(case.name),
+    }
+
+
+def _table(found: dict[str, Any]) -> None:
+    print(f"{found['device']}, jax {found['jax']}, kernels: {found['kernels']}; a copy moves "
+          f"{found['copy_bytes_per_s'] / 1e9:,.1f} GB/s, a matrix product makes "
+          f"{found['product_flops_per_s'] / 1e12:,.3g} TFLOP/s\n")  # fmt: skip
+    print("| operation | shape | us (min–max) | GB/s | of the copy | TFLOP/s | of the product | target |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in found["rows"]:
+        seconds, (low, high) = row["us"] / 1e6, row["us_range"]
+        target = "" if row["target"] is None else f"{row['target']:.0%} of the copy"
+        print(f"| {row['op']} | {row['shape']} | {row['us']:,.0f} ({low:,.0f}–{high:,.0f}) "
+              f"| {row['bytes'] / seconds / 1e9:,.1f} | {row['share_of_copy']:.0%} "
+              f"| {row['flops'] / seconds / 1e12:,.3g} | {row['share_of_product']:.0%} | {target} |")  # fmt: skip
