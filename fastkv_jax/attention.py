@@ -9,8 +9,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
+
+from fastkv_jax.sharding import DATA, MODEL, SEQUENCE, spec
 
 Platform = Literal["cpu", "gpu", "tpu"]
 
@@ -30,42 +32,58 @@ def attention(
 ) -> Float[Array, "B H T D"]:
     """softmax(q k^T / sqrt(D)) v, each query seeing the keys from `start` to itself; rows before `start` are noise.
 
-    With a mesh the heads are spread over its axis "model", each device running its own.
+    With a mesh each device runs its rows, its heads, and its share of the queries against all keys.
     """
-    local = {"cpu": _blocked, "gpu": _cudnn, "tpu": _splash}[platform]
     if mesh is None:
-        return local(q, k, v, start)
-    heads = PartitionSpec(None, "model")
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(heads, heads, heads, PartitionSpec()), out_specs=heads, check_vma=False
-    )(q, k, v, start)
+        return _LOCAL[platform](q, k, v, start)
+    queries = spec(mesh, q.shape, DATA, MODEL, SEQUENCE)
+    entries = spec(mesh, k.shape, DATA, MODEL)
+    shards = mesh.shape[SEQUENCE] if SEQUENCE in queries else 1
+    if platform == "tpu" and q.shape[2] // shards % _LANES:  # not worth whole registers
+        queries, shards = spec(mesh, q.shape, DATA, MODEL), 1
+
+    def local(q, k, v, start):
+        if shards == 1:
+            return _LOCAL[platform](q, k, v, start)
+        share = lax.axis_index(SEQUENCE)
+        if platform == "tpu":
+            turns = [partial(_splash, shard=i) for i in range(shards)]
+            return lax.switch(share, turns, q, k, v, start)
+        return _blocked(q, k, v, start, share * q.shape[2])  # cuDNN's causal mask knows no offset
+
+    specs = (queries, entries, entries, spec(mesh, start.shape, DATA))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, start)
 
 
-def _blocked(q, k, v, start):
+def _blocked(q, k, v, start, offset: int | Int[Array, ""] = 0):
     """Online softmax over blocks of keys (Milakov and Gimelshein, arXiv 1805.02867), queries a block at a time.
 
     The group is folded into the rows of one product per KV head. Blocks right of the diagonal or left of every row's
-    start are never visited, so padding to a bucket costs nothing here.
+    start are never visited, so padding to a bucket costs nothing here. The queries may be a part of the rows, the
+    first of them in row `offset`.
     """
-    tokens, dim = q.shape[2], q.shape[3]
-    if tokens <= _KEY_BLOCK:
-        query_block = key_block = tokens
-    else:
-        query_block, key_block = _QUERY_BLOCK, _KEY_BLOCK
+    tokens, dim = k.shape[2], k.shape[3]
+    key_block = min(_KEY_BLOCK, tokens)
     pad = -tokens % key_block  # more left padding changes nothing
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (pad, 0), (0, 0))) for x in (q, k, v))
-    start = start + pad
+    if q.shape[2] == tokens:
+        query_block, query_pad = (_QUERY_BLOCK if tokens > _KEY_BLOCK else tokens), pad
+    else:
+        query_block = min(_QUERY_BLOCK, q.shape[2])
+        query_pad = -q.shape[2] % query_block
+    q = jnp.pad(q, ((0, 0), (0, 0), (query_pad, 0), (0, 0)))
+    k, v = (jnp.pad(x, ((0, 0), (0, 0), (pad, 0), (0, 0))) for x in (k, v))
+    start, offset = start + pad, offset + pad - query_pad
 
-    batch, kv_heads, length, _ = k.shape
-    group = q.shape[1] // kv_heads
+    batch, kv_heads, _, _ = k.shape
+    group, length = q.shape[1] // kv_heads, q.shape[2]
     q = (q * jnp.asarray(dim**-0.5, q.dtype)).reshape(batch, kv_heads, group, length, dim)
     v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)  # the extra column sums the weights
     first_key_block, last_padded_block = start.min() // key_block, -(-start.max() // key_block)
 
     def query_rows(index):
-        first = index * query_block
+        first = offset + index * query_block
         rows = first + jnp.arange(query_block)
-        queries = lax.dynamic_slice_in_dim(q, first, query_block, axis=3)
+        queries = lax.dynamic_slice_in_dim(q, index * query_block, query_block, axis=3)
         queries = queries.reshape(batch, kv_heads, group * query_block, dim)
 
         def visit(block, carry, edge):
@@ -97,7 +115,7 @@ def _blocked(q, k, v, start):
 
     out = lax.map(query_rows, jnp.arange(length // query_block))  # [blocks, B, K, G, query, D]
     out = jnp.moveaxis(out, 0, 3).reshape(batch, -1, length, dim)
-    return out[:, :, pad:]
+    return out[:, :, query_pad:]
 
 
 def attention_after(
@@ -158,25 +176,32 @@ def _cudnn(q, k, v, start):
     return jnp.take_along_axis(out, to_right[..., None, None], axis=1).swapaxes(1, 2)
 
 
-def _splash(q, k, v, start):
-    """JAX's splash attention for TPU; padding is another segment than the prompt. Blocks must divide the length."""
+def _splash(q, k, v, start, shard: int = 0):
+    """JAX's splash attention for TPU; padding is another segment than the prompt. Blocks must divide the length.
+
+    The queries may be one of the equal parts of the rows, number `shard`.
+    """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    tokens, dim = q.shape[2], q.shape[3]
-    pad_rows, pad_dim = -tokens % _LANES, -dim % _LANES
-    widths = ((0, 0), (0, 0), (pad_rows, 0), (0, pad_dim))
+    rows, dim = q.shape[2:]
+    pad_rows, pad_keys, pad_dim = -rows % _LANES, -k.shape[2] % _LANES, -dim % _LANES
     q = q * jnp.asarray(dim**-0.5, q.dtype)
-    q, k, v = (jnp.pad(x, widths) for x in (q, k, v))
-    length = tokens + pad_rows
-    block = max(size for size in (512, 256, _LANES) if length % size == 0)
+    q = jnp.pad(q, ((0, 0), (0, 0), (pad_rows, 0), (0, pad_dim)))
+    k, v = (jnp.pad(x, ((0, 0), (0, 0), (pad_keys, 0), (0, pad_dim))) for x in (k, v))
+    length, first = k.shape[2], shard * rows
+    blocks = [max(size for size in (512, 256, _LANES) if x.shape[2] % size == 0) for x in (q, k)]
     kernel = splash.make_splash_mha_single_device(
-        mask=splash.MultiHeadMask([splash.CausalMask((length, length))] * q.shape[1]),
-        block_sizes=splash.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block),
+        mask=splash.MultiHeadMask([splash.CausalMask((q.shape[2], length), offset=first)] * q.shape[1]),
+        block_sizes=splash.BlockSizes(block_q=blocks[0], block_kv=blocks[1], block_kv_compute=blocks[1]),
     )
-    prompt = (jnp.arange(length) >= start[:, None] + pad_rows).astype(jnp.int32)
+    prompt = (jnp.arange(length) >= start[:, None] + pad_keys).astype(jnp.int32)
 
     def one_row(q, k, v, segment):
-        return kernel(q, k, v, segment_ids=splash.SegmentIds(q=segment, kv=segment))
+        mine = segment[first : first + q.shape[1]]
+        return kernel(q, k, v, segment_ids=splash.SegmentIds(q=mine, kv=segment))
 
     out = jnp.asarray(jax.vmap(one_row)(q, k, v, prompt))
     return out[:, :, pad_rows:, :dim].astype(v.dtype)
+
+
+_LOCAL = {"cpu": _blocked, "gpu": _cudnn, "tpu": _splash}

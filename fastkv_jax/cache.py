@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
@@ -162,6 +163,15 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of all arrays, the empty slots included."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def entry_bytes(self) -> np.ndarray:
+        """[B] bytes of the K and V, with their scales, of the prompt entries that each row keeps."""
+        total = np.zeros(self.position.shape[0], np.int64)
+        for segment in self.segments:
+            scale = 0 if segment.k_scale is None else segment.k_scale.dtype.itemsize
+            slot = 2 * (segment.k.shape[-1] * segment.k.dtype.itemsize + scale)
+            total += np.asarray((segment.positions >= 0).sum(axis=(0, 2, 3))) * slot
+        return total
 
     @property
     def edges(self) -> tuple[int, ...]:

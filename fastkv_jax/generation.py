@@ -187,7 +187,9 @@ def generate(
     out = np.full((batch, max_new_tokens), model.config.pad_token or 0, np.int32)
     lengths, running, made = np.zeros(batch, np.int32), np.ones(batch, bool), 0
     stops = _stops(model, stop_tokens)
-    chunks = decode_chunks(model, prompt, max_new_tokens=max_new_tokens, sampler=sampler, stop_tokens=stops, key=key)
+    chunks = decode_chunks(
+        model, prompt, max_new_tokens=max_new_tokens, sampler=sampler, stop_tokens=stops, key=key, kernels=kernels
+    )
     while True:
         try:
             chunk, done = next(chunks)

@@ -21,6 +21,7 @@ from fastkv_jax.inputs import Prompt, check_batch, static_tail
 from fastkv_jax.methods.base import Method
 from fastkv_jax.model import Llama
 from fastkv_jax.ops import Kernels, Ops
+from fastkv_jax.sharding import check_shares
 from fastkv_jax.stages import Prefill, Static, run_jit, run_stages
 
 GROUP = 5  # layers per call where progress is reported
@@ -123,6 +124,8 @@ def check_prompt(
     method.check(model.config.num_layers)
     before = None if cache is None else cache.position
     prompt = check_batch(tokens, start, window_end, model.config, max_new_tokens, before)
+    if not isinstance(method, Adaptive):  # whose rows run one by one
+        check_shares(*prompt.tokens.shape, model.mesh)
     if cache is not None:
         plan = method.plan(np.arange(1, 2), model.config.num_layers)
         if any(segment.renumbered for segment in plan):

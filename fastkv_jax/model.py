@@ -74,11 +74,18 @@ class Block(nnx.Module):
             k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
         return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v
 
-    def output(self, x: Float[Array, "B T E"], attended: Float[Array, "B H T D"]) -> Float[Array, "B T E"]:
+    def output(
+        self, x: Float[Array, "B T E"], attended: Float[Array, "B H T D"], parts: int = 1
+    ) -> Float[Array, "B T E"]:
         """The residual stream after attention's projection and the MLP of one layer, a block of rows at a time.
 
-        Rows do not see each other here: blocks keep the MLP's wide activations small, and x is updated in place.
+        Rows do not see each other here: blocks keep the MLP's wide activations small, and x is updated in place. T may
+        be spread over devices in `parts` equal pieces, each with blocks of its own.
         """
+        if parts > 1:
+            batch, tokens, width = x.shape
+            mine = rearrange(attended, "b h (p t) d -> (b p) h t d", p=parts)
+            return self.output(x.reshape(batch * parts, tokens // parts, width), mine).reshape(x.shape)
         bias = None if self.bo is None else self.bo[...]
 
         def of_rows(x, attended):

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 import kernels_pallas
+from fastkv_jax.sharding import DATA, MODEL, spec
 
 Kernels = Literal["reference", "tpu", "gpu"]
-HEADS, WHOLE = PartitionSpec(None, "model"), PartitionSpec()
+HEADS, ROWS = (DATA, MODEL), (DATA,)  # what the first axes of an array are split over
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Ops:
             options: dict[str, Any] = {"kernel_size": kernel_size, "pooling": pooling}
             return kernels_pallas.window_scores(q, k, start, stop, implementation=self.kernels, **options)
 
-        return self._by_head(run, (q, k, start, stop), (HEADS, HEADS, WHOLE, WHOLE), k.shape[1])
+        return self._by_head(run, (q, k, start, stop), (HEADS, HEADS, ROWS, ROWS), k.shape[1])
 
     def select(self, scores: Float[Array, "B N T"], count: Int[Array, "B N"], capacity: int) -> Int[Array, "B N C"]:
         """See `kernels_pallas.select`."""
@@ -61,17 +62,18 @@ class Ops:
             )  # fmt: skip
 
         given = (q, k_prompt, v_prompt, positions, k_new, v_new, filled, heads, k_scale, v_scale)
-        specs = (HEADS,) * 6 + (WHOLE,) + (HEADS,) * 3
+        specs = (HEADS,) * 6 + (ROWS,) + (HEADS,) * 3
         return self._by_head(run, given, specs, k_prompt.shape[1])
 
-    def _by_head(self, run: Callable[..., Any], given: tuple[Any, ...], specs: tuple[Any, ...], heads: int) -> Any:
-        """`run` on each device's heads. Plain jax.numpy needs no help from us: XLA spreads it as it likes."""
-        if self.mesh is None or self.kernels == "reference":
+    def _by_head(self, run: Callable[..., Any], given: tuple[Any, ...], axes: tuple[Any, ...], heads: int) -> Any:
+        """`run` on each device's rows and heads. Plain jax.numpy needs no help from us: XLA spreads it as it likes."""
+        mesh = self.mesh
+        if mesh is None or self.kernels == "reference":
             return run(*given)
-        if heads % self.mesh.shape["model"]:  # one row of scores, or one flat cache, for all heads: on every device
-            specs = (WHOLE,) * len(specs)
-        out = specs[0]
-        return jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)(*given)
+        if heads % mesh.shape.get(MODEL, 1):  # one row of scores, or one flat cache, for all heads: on every device
+            axes = (ROWS,) * len(axes)
+        specs = tuple(None if a is None else spec(mesh, a.shape, *mine) for a, mine in zip(given, axes, strict=True))
+        return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*given)
 
 
 PLAIN = Ops()

@@ -1,36 +1,59 @@
-"""Where each weight lives on a device mesh: one table, tensor parallel over the mesh axis "model"."""
+"""Where each array lives on a device mesh.
+
+    axis "model"      weights and heads are split: one table for the weights
+    axis "data"       rows of the batch are split; every group of devices has all weights
+    axis "sequence"   tokens of a prompt are split during prefill; keys and values of a layer are gathered
+
+A mesh has one or more of these axes.
+"""
 
 from typing import Any
 
+import jax
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fastkv_jax.config import LlamaConfig
-from fastkv_jax.errors import FastKVConfigError
+from fastkv_jax.errors import FastKVConfigError, InputError
 
-AXIS = "model"
+AXES = DATA, MODEL, SEQUENCE = "data", "model", "sequence"
 
 # Parameters of the layers carry a leading axis L, which is never split.
 TABLE: dict[str, P] = {
-    "embedding": P(AXIS, None),
-    "lm_head": P(AXIS, None),
+    "embedding": P(MODEL, None),
+    "lm_head": P(MODEL, None),
     "norm": P(),
     "attention_norm": P(),
     "mlp_norm": P(),
     "q_norm": P(),
     "k_norm": P(),
-    "wq": P(None, AXIS, None),
-    "wk": P(None, AXIS, None),
-    "wv": P(None, AXIS, None),
-    "bq": P(None, AXIS),
-    "bk": P(None, AXIS),
-    "bv": P(None, AXIS),
-    "wo": P(None, None, AXIS),
+    "wq": P(None, MODEL, None),
+    "wk": P(None, MODEL, None),
+    "wv": P(None, MODEL, None),
+    "bq": P(None, MODEL),
+    "bk": P(None, MODEL),
+    "bv": P(None, MODEL),
+    "wo": P(None, None, MODEL),
     "bo": P(),
-    "w_gate": P(None, AXIS, None),
-    "w_up": P(None, AXIS, None),
-    "w_down": P(None, None, AXIS),
+    "w_gate": P(None, MODEL, None),
+    "w_up": P(None, MODEL, None),
+    "w_down": P(None, None, MODEL),
 }
+
+
+def parts_of(tokens: int, mesh: Mesh | None) -> int:
+    """Into how many pieces the axis "sequence" splits so many tokens: 1 if it cannot."""
+    size = 1 if mesh is None else mesh.shape.get(SEQUENCE, 1)
+    return 1 if tokens % size else size
+
+
+def check_shares(batch: int, tokens: int, mesh: Mesh | None) -> None:
+    """Raise `InputError` if rows or columns do not divide: work would be repeated, not shared."""
+    for axis, name, size in ((DATA, "rows", batch), (SEQUENCE, "columns", tokens)):
+        if mesh is not None and size % mesh.shape.get(axis, 1):
+            raise InputError(f"a batch of {size} {name} cannot be split over the mesh axis {axis!r} of "
+                             f"{mesh.shape[axis]} devices; it must divide them")  # fmt: skip
 
 
 def parameter_name(path: tuple[Any, ...]) -> str:
@@ -40,7 +63,20 @@ def parameter_name(path: tuple[Any, ...]) -> str:
 
 def sharding_for(mesh: Mesh, path: str | tuple[Any, ...]) -> NamedSharding:
     """The sharding of one parameter, given by its name or its pytree path."""
-    return NamedSharding(mesh, TABLE[path if isinstance(path, str) else parameter_name(path)])
+    spec = TABLE[path if isinstance(path, str) else parameter_name(path)]
+    return NamedSharding(mesh, P(*(axis if axis in mesh.axis_names else None for axis in spec)))
+
+
+def spec(mesh: Mesh, shape: tuple[int, ...], *axes: str | None) -> P:
+    """The axes that an array of this shape is split over: those that the mesh has and that divide its dimensions."""
+    there = (axis if axis in mesh.axis_names and size % mesh.shape[axis] == 0 else None
+             for axis, size in zip(axes, shape, strict=False))  # fmt: skip
+    return P(*there)
+
+
+def split(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
+    """x, inside a program, split over `axes` where it can be and whole on every device elsewhere."""
+    return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, spec(mesh, x.shape, *axes)))
 
 
 def automatic(mesh: Mesh) -> Mesh:
@@ -51,10 +87,10 @@ def automatic(mesh: Mesh) -> Mesh:
 
 
 def check_mesh(mesh: Mesh, config: LlamaConfig) -> None:
-    """Raise `FastKVConfigError` unless the mesh has the axis "model" and its size divides what the table splits."""
-    if AXIS not in mesh.axis_names:
-        raise FastKVConfigError(f"the mesh has axes {mesh.axis_names}; it needs one named {AXIS!r}")
-    size = mesh.shape[AXIS]
+    """Raise `FastKVConfigError` unless all axes are known and the size of "model" divides what the table splits."""
+    if not mesh.axis_names or not set(mesh.axis_names) <= set(AXES):
+        raise FastKVConfigError(f"the mesh has axes {mesh.axis_names}; there are {', '.join(map(repr, AXES))}")
+    size = mesh.shape.get(MODEL, 1)
     numbers = {
         "num_kv_heads": config.num_kv_heads,
         "num_heads": config.num_heads,
@@ -64,5 +100,5 @@ def check_mesh(mesh: Mesh, config: LlamaConfig) -> None:
     uneven = [f"{name} ({number})" for name, number in numbers.items() if number % size]
     if uneven:
         raise FastKVConfigError(
-            f"the mesh axis {AXIS!r} has {size} devices, which does not divide {', '.join(uneven)}; use a smaller axis"
+            f"the mesh axis {MODEL!r} has {size} devices, which does not divide {', '.join(uneven)}; use a smaller axis"
         )

@@ -27,6 +27,7 @@ from fastkv_jax.methods.plan import Stage, static_plan
 from fastkv_jax.model import Llama
 from fastkv_jax.ops import Kernels, Ops
 from fastkv_jax.select import Chosen, choose
+from fastkv_jax.sharding import DATA, MODEL, SEQUENCE, parts_of, split
 
 
 @struct.dataclass
@@ -164,7 +165,8 @@ def enter(model: Llama, prompt: Prompt, past: KVCache | None, *, static: Static)
     window = jnp.asarray(static.method.window(np.arange(columns + 1)), jnp.int32)[columns - prompt.start]
     stop = jnp.asarray(columns - prompt.window_end)
     rows = Rows(jnp.where(position >= 0, position + before, -1), prompt.start, stop, window)
-    return Progress(model.embed(prompt.tokens), rows, _no_scores(rows, static))
+    x = split(model.embed(prompt.tokens), model.mesh, DATA, SEQUENCE)
+    return Progress(x, rows, _no_scores(rows, static))
 
 
 def _no_scores(rows: Rows, static: Static) -> Float[Array, "R B S"]:
@@ -189,6 +191,7 @@ def propagate(model: Llama, prompt: Prompt, at: Progress, count, *, stage: Shape
         x = model.embed(jnp.take_along_axis(prompt.tokens, jnp.maximum(positions - first, 0), axis=1))
     else:
         x = chosen.take(at.x, 0)
+    x = split(x, model.mesh, DATA, SEQUENCE)
     kept_tail = rows.positions.shape[1] - rows.stop
     rows = Rows(positions, width - count, width - kept_tail, rows.window)
     return Progress(x, rows, _no_scores(rows, static))
@@ -217,13 +220,14 @@ def run_layers(
         index, kept, past = inputs
         block = model.layer(index)
         q, k, v = block.qkv(x, cos, sin)
+        k, v = (split(a, model.mesh, DATA, MODEL) for a in (k, v))  # gathered once, for attention and for scores
         with jax.named_scope("attention"):
             if past is None:
                 attended = attention(q, k, v, rows.start, platform=static.platform, mesh=model.mesh)
             else:
                 old = past.dequantized(k.dtype)
                 attended = attention_after((old.k, old.v, old.positions >= 0, old.heads), q, k, v, rows.start)
-            x = block.output(x, attended)
+            x = block.output(x, attended, parts_of(x.shape[1], model.mesh))
         with jax.named_scope("compress"):
             seen = Layer(q, k, v, *rows, kept=kept, frequencies=frequencies, wo=block.wo[...], ops=ops)
             scores = static.method.scores(seen)

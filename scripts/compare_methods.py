@@ -77,7 +77,7 @@ def main() -> int:
     parser.add_argument("--texts", type=int, default=4, help="texts for the perplexity, of 2,048 tokens")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--budgets", default="0.1,0.2,0.5", help="shares of the entries that stay, or none")
-    parser.add_argument("--kv-dtypes", default="", help="also full context and the preset with caches of int8 and so on")
+    parser.add_argument("--kv-dtypes", default="", help="also full context and the preset with caches of int8, ...")
     parser.add_argument("--haystack", type=Path, metavar="FOLDER")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()

@@ -19,7 +19,7 @@ GROUPS = ("checkpoint", "cli", "evals", "methods")  # packages inside fastkv_jax
 LEVEL_1 = {"errors", "config", "rope", "select", "buckets", "attention", "sharding", "inputs", "files", "ops"}
 MIDDLE = LEVEL_1 | {"cache", "methods", "model", "sampling", "kernels_pallas"}
 MAY_IMPORT = {
-    **dict.fromkeys(LEVEL_1, {"errors", "config", "buckets", "ops", "kernels_pallas"}),
+    **dict.fromkeys(LEVEL_1, {"errors", "config", "buckets", "ops", "sharding", "kernels_pallas"}),
     "kernels_pallas": {"kernels_pallas"},
     "cache": {"errors", "kernels_pallas", "ops", "select"},
     "methods": LEVEL_1 | {"methods", "kernels_pallas"},

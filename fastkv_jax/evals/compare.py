@@ -20,6 +20,7 @@ from fastkv_jax.attention import attention
 from fastkv_jax.buckets import TILE, pad_batch
 from fastkv_jax.cache import KVCache
 from fastkv_jax.costs import prefill_flops
+from fastkv_jax.evals.memory_maps import forget_programs_if_many
 from fastkv_jax.inference import check_prompt, platform_of, prefill
 from fastkv_jax.methods import ASL, METHODS, AdaKV, CriticalKV, FullKV, Layer, Method
 from fastkv_jax.methods.plan import static_plan
@@ -78,6 +79,7 @@ def compare(
 ) -> None:
     """Fill the rows in. `texts` are cut after three quarters; the last one is scored after the rest was read."""
     for i in range(max(len(texts), *map(len, questions.values()))):  # in turn: what is done is even whenever it ends
+        forget_programs_if_many()
         for kind, asked in questions.items():
             if i < len(asked):
                 _ask(model, rows, kind, asked[i], columns)
@@ -100,23 +102,13 @@ def _ask(model: Llama, rows: Sequence[Row], kind: str, question: Question, colum
         row.right[kind].append(_says(model, cache, question))
         row.kept.append(_share_kept(cache, question.where))
         row.flops.append(prefill_flops(model.config, row.method, n) / prefill_flops(model.config, full, n))
-        row.bytes.append(used_bytes(cache) / full_bytes(model, n))
+        row.bytes.append(int(cache.entry_bytes()[0]) / full_bytes(model, n))
 
 
 def full_bytes(model: Llama, n: int) -> int:
     """K and V of all tokens."""
     c = model.config
     return 2 * c.num_layers * c.num_kv_heads * n * c.head_dim * model.norm[...].dtype.itemsize
-
-
-def used_bytes(cache: KVCache) -> int:
-    """K and V of the slots that hold an entry, with their scales."""
-    total = 0
-    for segment in cache.segments:
-        scale = 0 if segment.k_scale is None else segment.k_scale.dtype.itemsize
-        slot = 2 * (segment.k.shape[-1] * segment.k.dtype.itemsize + scale)
-        total += int((segment.positions >= 0).sum()) * slot
-    return total
 
 
 def _says(model: Llama, cache: KVCache, question: Question) -> bool:

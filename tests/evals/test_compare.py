@@ -5,7 +5,7 @@ import pytest
 
 import fastkv_jax as fk
 from examples import BUCKET, EXAMPLES, PROMPTS, model_a, ragged
-from fastkv_jax.evals.compare import Question, Row, _caches, _one_pass, compare, methods_at, read_all, used_bytes
+from fastkv_jax.evals.compare import Question, Row, _caches, _one_pass, compare, methods_at, read_all
 
 DROP_TOKENS = ("fastkv", "gemfilter", "pyramidinfer", "claa", "asl")
 ALONE = [method for name, examples in EXAMPLES.items() for method in examples if name not in DROP_TOKENS]
@@ -47,7 +47,7 @@ def test_entries_of_8_bits_are_those_of_prefill(method):
         for name in ("k", "v", "k_scale", "v_scale", "positions"):
             np.testing.assert_array_equal(getattr(mine, name), getattr(other, name))
     dim = model_a().config.head_dim
-    assert used_bytes(cache) * 4 * dim == used_bytes(whole) * (dim + 2)
+    assert (cache.entry_bytes() * 4 * dim == whole.entry_bytes() * (dim + 2)).all()
 
 
 def test_full_context_says_what_it_says_and_keeps_all(rows):

@@ -1,0 +1,197 @@
+"""What answers an evaluation's questions: a model, a tokenizer, a method; batches of ragged rows."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+
+from fastkv_jax import generation, inference, text
+from fastkv_jax.buckets import bucket_for, pad_batch
+from fastkv_jax.cache import KVCache
+from fastkv_jax.costs import prefill_flops
+from fastkv_jax.errors import InputError
+from fastkv_jax.evals.memory_maps import forget_programs_if_many
+from fastkv_jax.evals.sample import Encoded, Sample
+from fastkv_jax.methods import ASL, FullKV, Method
+from fastkv_jax.model import Llama
+from fastkv_jax.ops import Kernels
+from fastkv_jax.scoring import next_token_scores
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@dataclass(frozen=True)
+class ModelEngine:
+    """Answers with greedy decoding. Fields of an answer, beside prediction and finish ("stop" or "length"):
+
+    ttft_s          seconds to the first token: prefill of the batch this row was in, and a token; compilation apart
+    token_s         seconds per later token of that batch
+    prefill_flops   of this row, a share of full context's
+    kv_bytes        of the entries it keeps, a share of full context's in the model's dtype
+    compiled        programs compiled for this batch
+    nll             of a text to be read on (`max_new_tokens` 0): mean negative log-likelihood of its tokens, in nats
+    """
+
+    model: Llama
+    tokenizer: Any
+    method: Method
+    max_tokens: int  # prompt and answer together
+    query_aware: bool = True  # False: the context is compressed before the question is read
+    truncate: bool = True  # in the middle of the prompt; False: what does not fit is refused
+    kernels: Kernels | None = None
+    kv_dtype: str | None = None
+    seen: set[tuple[int, ...]] = field(default_factory=set, compare=False, repr=False)
+
+    def encode(self, sample: Sample) -> Encoded:
+        """The sample's prompt; the middle of what the template surrounds is cut if it does not fit."""
+        if not sample.max_new_tokens:  # a text, without a template
+            return self._fit(sample, text.encode_raw(self.tokenizer, sample.context), len(self._rest(sample)))
+        if sample.chat:
+            whole = text.encode_chat(self.tokenizer, sample.context + sample.question, prefill=sample.prefill or None)
+        else:
+            whole = text.encode_raw(self.tokenizer, sample.context + sample.question + sample.prefill)
+        return self._fit(sample, whole, sample.max_new_tokens)
+
+    def _fit(self, sample: Sample, whole: text.EncodedPrompt, answer: int) -> Encoded:
+        length = len(whole.token_ids)
+        if length + answer > self.max_tokens:
+            if not self.truncate or self.max_tokens <= answer:
+                raise InputError(
+                    f"{sample.task} {sample.id}: {length:,} tokens + {answer:,} of the answer > {self.max_tokens:,}"
+                )
+            whole = whole.truncated(self.max_tokens - answer, "middle")
+        return Encoded(sample, whole.token_ids, whole.window_end, length)
+
+    def _rest(self, sample: Sample) -> list[int]:
+        return text.continue_with(self.tokenizer, sample.answers[0])
+
+    def answer(self, prompts: Sequence[Encoded]) -> list[dict[str, Any]]:
+        """Answers of one batch; raises `MemoryError` if it does not fit on the device."""
+        forget_programs_if_many()
+        try:
+            return self._answer(prompts)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise MemoryError(str(error).splitlines()[0]) from error
+            raise
+
+    def _answer(self, prompts: Sequence[Encoded]) -> list[dict[str, Any]]:
+        before = _compilations()
+        new = max(prompt.sample.max_new_tokens for prompt in prompts)
+        self._warm_up(prompts, new)
+        began = time.perf_counter()
+        result = jax.block_until_ready(self._read(prompts, new))
+        kept = result.cache.entry_bytes()
+        if new:
+            ids, first_s, token_s = self._decode(result, prompts, new, began)
+            rows = [self._words(prompt.sample, row) for prompt, row in zip(prompts, ids, strict=True)]
+            times: dict[str, Any] = {"ttft_s": first_s, "token_s": token_s}
+        else:
+            rows, times = self._likelihoods(result.cache, prompts), {"ttft_s": time.perf_counter() - began}
+        costs = [self._costs(len(prompt.tokens), int(bytes)) for prompt, bytes in zip(prompts, kept, strict=True)]
+        more = {**times, "rows": len(prompts), "compiled": _compilations() - before}
+        return [{**row, **cost, **more} for row, cost in zip(rows, costs, strict=True)]
+
+    def _warm_up(self, prompts: Sequence[Encoded], new: int) -> None:
+        """Run a batch of a new shape once before it is timed: compilation is no part of an answer's time."""
+        shape = (len(prompts), bucket_for(max(len(prompt.tokens) for prompt in prompts)), new)
+        if shape not in self.seen:
+            result = self._read(prompts, new)
+            if new:
+                next(generation.decode_chunks(self.model, result, max_new_tokens=1, kernels=self.kernels))
+                generation.compile_decode(self.model, result, kernels=self.kernels)
+            jax.block_until_ready(result.logits)
+            self.seen.add(shape)
+
+    def _read(self, prompts: Sequence[Encoded], new: int) -> inference.Prefill:
+        options: dict[str, Any] = {"kernels": self.kernels, "kv_dtype": self.kv_dtype}
+        if self.query_aware or not new:
+            tokens, start = pad_batch([prompt.tokens for prompt in prompts])
+            ends = np.array([prompt.window_end for prompt in prompts], np.int32)
+            return inference.prefill(
+                self.model, tokens, start, method=self.method, max_new_tokens=new, window_end=ends, **options
+            )
+        parts = [self._split(prompt) for prompt in prompts]
+        tokens, start = pad_batch([context for context, _ in parts])
+        read = inference.prefill(self.model, tokens, start, method=self.method, max_new_tokens=0, **options)
+        tokens, start = pad_batch([question for _, question in parts])
+        return inference.prefill(
+            self.model, tokens, start, method=FullKV(), max_new_tokens=new, cache=read.cache, **options
+        )
+
+    def _split(self, prompt: Encoded) -> tuple[list[int], list[int]]:
+        """Context and question; the template behind the question goes with it."""
+        sample = prompt.sample
+        words = sample.question if sample.chat else sample.question + sample.prefill
+        asked = len(text.continue_with(self.tokenizer, words))
+        at = len(prompt.tokens) - prompt.window_end - asked
+        if not 0 < at < len(prompt.tokens):
+            raise InputError(f"{sample.task} {sample.id}: no context before the question")
+        return prompt.tokens[:at], prompt.tokens[at:]
+
+    def _decode(self, result, prompts: Sequence[Encoded], new: int, began: float) -> tuple[np.ndarray, float, float]:
+        """(token ids [B, made], seconds to the first token, seconds of each later one)."""
+        stops = [text.StopMatcher(prompt.sample.stop) for prompt in prompts]
+        streams = [text.TextStream(self.tokenizer) for _ in prompts]
+        ended = np.zeros(len(prompts), bool)
+        made, first_s, first_at = [], 0.0, 0.0
+        for chunk, done in generation.decode_chunks(self.model, result, max_new_tokens=new, kernels=self.kernels):
+            if not made:
+                first_at = time.perf_counter()
+                first_s = first_at - began
+            made.append(chunk)
+            total = sum(part.shape[1] for part in made)
+            for b, prompt in enumerate(prompts):
+                found = [stops[b].push(streams[b].push(token))[1] for token in chunk[b].tolist()]
+                ended[b] |= any(found) or total >= prompt.sample.max_new_tokens
+            if (ended | done).all():
+                break
+        ids = np.concatenate(made, axis=1)
+        later = ids.shape[1] - 1
+        return ids, first_s, (time.perf_counter() - first_at) / later if later else 0.0
+
+    def _words(self, sample: Sample, ids: np.ndarray) -> dict[str, Any]:
+        """The answer's text, up to its end token, its length or its stop."""
+        mine = ids[: sample.max_new_tokens].tolist()
+        ends = [i for i, token in enumerate(mine) if token in self.model.config.stop_tokens]
+        mine = mine[: ends[0]] if ends else mine
+        said = self.tokenizer.decode(mine, skip_special_tokens=True)
+        cuts = [said.find(stop) for stop in sample.stop if stop in said]
+        finish = "stop" if ends or cuts else "length"
+        return {"prediction": said[: min(cuts)] if cuts else said, "finish": finish, "new_tokens": len(mine)}
+
+    def _likelihoods(self, cache: KVCache, prompts: Sequence[Encoded]) -> list[dict[str, Any]]:
+        """Each row's text goes on after its cache; the first token of it has no logits and is not counted."""
+        texts = [self._rest(prompt.sample) for prompt in prompts]
+        found, _ = next_token_scores(self.model, *pad_batch(texts), cache=cache)
+        sums = np.asarray(found).sum(axis=1)
+        counts = [len(words) - 1 for words in texts]
+        return [
+            {"prediction": "", "finish": "stop", "nll": -float(total) / count, "new_tokens": 0}
+            for total, count in zip(sums, counts, strict=True)
+        ]
+
+    def _costs(self, n: int, kept: int) -> dict[str, float]:
+        c = self.model.config
+        full_bytes = 2 * c.num_layers * c.num_kv_heads * n * c.head_dim * self.model.norm[...].dtype.itemsize
+        costs = {"kv_bytes": kept / full_bytes}
+        if not isinstance(self.method, ASL):  # each prompt chooses its layer
+            costs["prefill_flops"] = prefill_flops(c, self.method, n) / prefill_flops(c, FullKV(), n)
+        return costs
+
+
+@cache
+def _counter() -> list[str]:
+    events: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration_secs, **_: events.append(event) if event == COMPILED else None
+    )
+    return events
+
+
+def _compilations() -> int:
+    return len(_counter())

@@ -1,0 +1,22 @@
+"""Compiled programs are dropped before they are too many for Linux."""
+
+import jax
+import pytest
+
+from fastkv_jax.evals import memory_maps
+
+
+@pytest.mark.parametrize(("most", "compiles"), [(0, 2), (10**9, 1)])
+def test_programs_are_forgotten_only_if_there_are_many(most: int, compiles: int, monkeypatch):
+    traced = []
+
+    @jax.jit
+    def program(x):
+        traced.append(x)
+        return x + 1
+
+    monkeypatch.setattr(memory_maps, "MOST", most)
+    program(1)
+    memory_maps.forget_programs_if_many()
+    program(1)
+    assert len(traced) == compiles
