@@ -15,3 +15,7 @@ class CheckpointError(ValueError):
 
 class BackendError(RuntimeError):
     """A device or backend that is missing, busy or out of memory."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""

@@ -53,10 +53,22 @@ def test_sharded_logits_equal_single():
 
 def test_refusals():
     sharding.check_mesh(mesh(2), CONFIG)
-    with pytest.raises(FastKVConfigError, match="needs one named 'model'"):
-        sharding.check_mesh(mesh(2, "data"), CONFIG)
+    sharding.check_mesh(mesh(8, "data"), CONFIG)
+    with pytest.raises(FastKVConfigError, match=r"axes \('experts',\); there are 'data', 'model', 'sequence'"):
+        sharding.check_mesh(mesh(2, "experts"), CONFIG)
     with pytest.raises(FastKVConfigError, match=r"4 devices, which does not divide num_kv_heads \(2\); "):
         sharding.check_mesh(mesh(4), CONFIG)
+
+
+def test_arrays_are_split_where_they_can_be():
+    both = jax.make_mesh((2, 4), ("data", "sequence"), devices=jax.devices()[:8])
+    assert sharding.spec(both, (4, 3, 8), "data", "model", "sequence") == PartitionSpec("data", None, "sequence")
+    assert sharding.spec(both, (3, 3, 6), "data", "model", "sequence") == PartitionSpec(None, None, None)
+    assert sharding.parts_of(8, both) == 4 and sharding.parts_of(6, both) == sharding.parts_of(8, None) == 1
+
+
+def test_weights_are_whole_where_no_axis_splits_them():
+    assert sharding.sharding_for(mesh(2, "data"), "wo").spec == PartitionSpec(None, None, None)
 
 
 def test_automatic():

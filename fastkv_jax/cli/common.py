@@ -13,13 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastkv_jax.errors import Terminated
+
 OK, FAILED, USAGE, BAD_MODEL, DEVICE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 130, 143
 DEFAULT_MODEL = "smollm2-135m"
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived."""
 
 
 class Parser(argparse.ArgumentParser):
