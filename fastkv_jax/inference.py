@@ -125,7 +125,7 @@ def check_prompt(
     before = None if cache is None else cache.position
     prompt = check_batch(tokens, start, window_end, model.config, max_new_tokens, before)
     if not isinstance(method, Adaptive):  # whose rows run one by one
-        check_shares(*prompt.tokens.shape, model.mesh)
+        check_shares(prompt.tokens.shape[0], prompt.tokens.shape[1], model.mesh)
     if cache is not None:
         plan = method.plan(np.arange(1, 2), model.config.num_layers)
         if any(segment.renumbered for segment in plan):

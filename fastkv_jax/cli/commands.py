@@ -1,4 +1,4 @@
-"""One name for all commands: fastkv-jax generate, convert, benchmark, calibrate."""
+"""One name for all commands: fastkv-jax generate, evaluate, convert, benchmark, calibrate, lm_eval."""
 
 import importlib
 import sys
@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "generate": "answer prompts",
+    "evaluate": "ask a suite's questions: RULER, LongBench, needles, perplexity",
     "convert": "write a model as this project's own checkpoint",
     "benchmark": "time prefill and decode against full context",
     "calibrate": "choose the TSP layer, window and kernel for a model",
+    "lm_eval": "lm-evaluation-harness with a model of ours",
 }
 
 

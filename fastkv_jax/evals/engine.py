@@ -40,6 +40,7 @@ class ModelEngine:
     tokenizer: Any
     method: Method
     max_tokens: int  # prompt and answer together
+    window_at_question: bool = True  # the observation window ends with the question, not with the template
     query_aware: bool = True  # False: the context is compressed before the question is read
     truncate: bool = True  # in the middle of the prompt; False: what does not fit is refused
     kernels: Kernels | None = None
@@ -111,7 +112,7 @@ class ModelEngine:
         options: dict[str, Any] = {"kernels": self.kernels, "kv_dtype": self.kv_dtype}
         if self.query_aware or not new:
             tokens, start = pad_batch([prompt.tokens for prompt in prompts])
-            ends = np.array([prompt.window_end for prompt in prompts], np.int32)
+            ends = np.array([prompt.window_end * self.window_at_question for prompt in prompts], np.int32)
             return inference.prefill(
                 self.model, tokens, start, method=self.method, max_new_tokens=new, window_end=ends, **options
             )

@@ -13,8 +13,8 @@ from etils import epath
 
 from fastkv_jax.errors import FastKVConfigError, InputError
 from fastkv_jax.evals import locks, records
-from fastkv_jax.evals.locks import is_remote
 from fastkv_jax.evals.parts import LocalPart, RemoteParts, Writer, part_path
+from fastkv_jax.evals.paths import inside, is_remote
 from fastkv_jax.evals.records import FORMAT, RESULTS, RUN, SAMPLES, Key, Record, Torn
 from fastkv_jax.files import replacing
 
@@ -45,14 +45,13 @@ class Output:
             raise InputError(f"two samples are called {' '.join(twice)}")
         with locks.turn(self.path):
             before = records.read_samples(self.path)
+            if self.done.keys() - known or before not in (None, list(samples)):
+                raise InputError(
+                    f"{self.path} is of other samples than the {len(samples)} given here, or has another order; "
+                    "choose another folder"
+                )
             if before is None:
                 _write_whole(self.path / SAMPLES, json.dumps(samples, ensure_ascii=False).encode())
-        if (before is not None and before != list(samples)) or self.done.keys() - known:
-            count = len(self.done if before is None else before)
-            raise InputError(
-                f"{self.path} is of {count} other samples, or in another order, than the {len(samples)} given here; "
-                "choose another folder"
-            )
 
     def add(self, record: Record) -> None:
         """Write a record; raises `OSError` if the disk is full, `ValueError` for what is not JSON, such as NaN."""
@@ -84,6 +83,8 @@ def opened(
 ) -> Iterator[Output]:
     """Make a run's folder, or go on with one, and hold it against other processes until the block ends.
 
+    However it ends, all records that were added are then written.
+
     `config` is everything the records depend on, as JSON has it. A folder of another configuration is refused;
     `overwrite` removes what such a run left. `take_over` is for gs:// alone, where a killed process leaves its marker.
     Raises `InputError` or `OSError`, for which there is no need of samples or a model yet.
@@ -91,8 +92,9 @@ def opened(
     if not 0 <= process < processes:
         raise FastKVConfigError(f"process must be in 0 ... {processes - 1}, got {process}")
     path = check_output(folder)
-    if not is_remote(path):  # where folders are only parts of names
+    if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
+    config = json.loads(json.dumps(config))  # as it is read back: no tuples
     config_hash = records.hash_of(config)
     with ExitStack() as stack:
         with locks.turn(path):
@@ -119,9 +121,9 @@ def check_output(folder: str | os.PathLike[str]) -> epath.Path:
     try:
         is_dir = path.is_dir()
         exists = is_dir or path.exists()
-        names = sorted(inside.name for inside in path.iterdir()) if is_dir else []
+        names = [held.name for held in inside(path)] if is_dir else []
     except ImportError as error:  # the library behind gs:// or s3:// is an extra
-        raise InputError(f"cannot write to {folder}: {error}") from error
+        raise InputError(f"cannot write to {folder}: {error} (pip install 'fastkv-jax[gcs]')") from error
     if exists and not is_dir:
         raise InputError(f"cannot write to {folder}: it is a file; give a folder")
     strange = [name for name in names if not name.startswith(SCRATCH)]
@@ -167,8 +169,13 @@ def _claim(
 def _differences(before: Any, now: Mapping[str, Any], most: int = 4) -> str:
     old = before if isinstance(before, dict) else {}
     keys = [key for key in {**old, **now} if old.get(key) != now.get(key)]
-    named = [f"{key} {json.dumps(old.get(key))} there, {json.dumps(now.get(key))} here" for key in keys[:most]]
+    named = [f"{key} {_short(old.get(key))} there, {_short(now.get(key))} here" for key in keys[:most]]
     return "; ".join([*named, *(["..."] if len(keys) > most else [])])
+
+
+def _short(value: Any, most: int = 60) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def _remove_run(path: epath.Path, process: int, processes: int) -> None:

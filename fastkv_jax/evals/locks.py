@@ -1,7 +1,8 @@
 """Only one process at a time writes a share of an evaluation's records.
 
-On a disk a lock is the kernel's (flock) and ends with its process, however that ends. Object stores know no locks: there
-a marker says who writes, and one left behind by a killed process has to be taken over by hand.
+On a disk a lock is the kernel's (flock) and ends with its process, however that ends. Object stores know no locks:
+there a marker says who writes, and one left behind by a killed process has to be taken over by hand. Two processes that
+start within the same moment can both miss the other's marker.
 """
 
 import fcntl
@@ -15,14 +16,10 @@ from contextlib import contextmanager
 from etils import epath
 
 from fastkv_jax.errors import InputError
+from fastkv_jax.evals.paths import inside, is_remote
 
 TURN = ".lock"
 LOCK = re.compile(r"\.lock-(\d+)-of-(\d+)")
-
-
-def is_remote(path: epath.Path) -> bool:
-    """Whether a path is on an object store such as gs://: no appending, no renaming, no locks; a write is atomic."""
-    return "://" in os.fspath(path)
 
 
 @contextmanager
@@ -47,7 +44,7 @@ def held(folder: epath.Path, process: int, processes: int, *, take_over: bool = 
     processes, whose shares would overlap with this one. `take_over`: markers on an object store are of the dead.
     """
     mine = folder / f".lock-{process}-of-{processes}"
-    rivals = [path for path in folder.iterdir() if (match := LOCK.fullmatch(path.name)) and int(match[2]) != processes]
+    rivals = [path for path in inside(folder) if (match := LOCK.fullmatch(path.name)) and int(match[2]) != processes]
     if is_remote(folder):
         _clear([mine, *rivals], take_over)
         mine.write_text(_who())

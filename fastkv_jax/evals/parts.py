@@ -54,9 +54,10 @@ class LocalPart:
 
 
 class RemoteParts:
-    """Objects that are never appended to: gcsfs would replace what is there. Lines wait for `every` of them or `seconds`.
+    """Objects that are never appended to: gcsfs would replace what is there.
 
-    The seconds are looked at when a line comes. What waits is lost if the process is killed, and answered again.
+    Lines wait until there are `every` of them, or, looked at when a line comes, `seconds` have passed since the last
+    object. What waits is lost if the process is killed, and answered again.
     """
 
     def __init__(self, folder: epath.Path, process: int, number: int, *, every: int = 32, seconds: float = 60.0):
@@ -73,14 +74,15 @@ class RemoteParts:
 
     def flush(self) -> None:
         """Write what waits as a new part."""
-        if self._lines:
-            path = part_path(self._folder, self._process, self._number)
-            if path.exists():  # whoever was taken over lives
-                raise OSError(f"{path} was written by another process; results are no longer written")
-            path.write_bytes(b"".join(self._lines))
-            self._lines.clear()
-            self._number += 1
         self._written = time.monotonic()
+        if not self._lines:
+            return
+        path, lines = part_path(self._folder, self._process, self._number), self._lines
+        # What fails is not tried again under this name: nobody knows how far it went.
+        self._number, self._lines = self._number + 1, []
+        if path.exists():  # whoever was taken over lives
+            raise OSError(f"{path} was written by another process, which lives; this one ends")
+        path.write_bytes(b"".join(lines))
 
     def close(self) -> None:
         """Write what waits."""

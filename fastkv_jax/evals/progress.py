@@ -11,13 +11,13 @@ INTERVAL_S = 30.0
 
 
 @contextmanager
-def progress(tokens: int, report: Callable[[str], object] | None) -> Iterator[Callable[[int], None]]:
+def progress(tokens: int, report: Callable[[str], object] | None) -> Iterator[Callable[[int], object]]:
     """A function to call with the tokens of each batch that was answered. Nothing is shown if `report` is None."""
     if report is None:
         yield lambda _: None
     elif sys.stderr.isatty():
         with tqdm(total=tokens, desc="answers", unit="tok", unit_scale=True, file=sys.stderr) as bar:
-            yield lambda count: bar.update(count) and None
+            yield bar.update
     else:
         yield _Lines(tokens, report).advance
 

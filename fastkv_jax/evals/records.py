@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from fastkv_jax.errors import InputError
+from fastkv_jax.evals.paths import inside
 
 Key = tuple[str, str]  # task and id of a sample
 Record = dict[str, Any]
@@ -99,7 +100,7 @@ def load(folder: epath.Path, config_hash: str) -> Found:
 
 def parts(folder: epath.Path) -> list[Part]:
     """By process and number."""
-    matches = [(PART.fullmatch(path.name), path) for path in folder.iterdir()]
+    matches = [(PART.fullmatch(path.name), path) for path in inside(folder)]
     return sorted(Part(int(match[1]), int(match[2]), path) for match, path in matches if match)
 
 

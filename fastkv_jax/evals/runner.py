@@ -19,8 +19,9 @@ from fastkv_jax.evals.folder import Output
 from fastkv_jax.evals.progress import progress
 from fastkv_jax.evals.records import Key, Record
 from fastkv_jax.evals.sample import Encoded, Engine, Sample
+from fastkv_jax.evals.scorers import Scored
 
-Score = Callable[[Sample, Mapping[str, Any]], float | None]  # of what the engine answered; None: nothing to score
+Score = Callable[[Sample, Mapping[str, Any]], Scored | None]  # of what the engine answered; None: nothing to score
 
 OUT_OF_MEMORY = "out of memory"
 MOST_PROBLEMS = 3  # told in one line
@@ -84,8 +85,11 @@ def run(
     and raises what is to end the run; see `deferred_signals`. `report` takes lines for people.
 
     A record has task, id, group, config_hash, protocol (if the config names one), prompt_sha256, prompt_tokens (as
-    answered) and whole_tokens (before truncation), all that the engine returned, and score; the prompt's text with
-    `save_prompts`. Raises `InputError` before anything is answered if samples cannot be encoded.
+    answered) and whole_tokens (before truncation), all that the engine returned, score, and problem, if the scorer had
+    one; with `save_prompts` the prompt's text, before the template and truncation.
+
+    Raises `InputError` before anything is answered if samples cannot be encoded or are not those of the folder, and
+    `ValueError` for a score or a field that is NaN or infinite.
     """
     for name, value in (("batch_tokens", batch_tokens), ("max_rows", max_rows)):
         if value < 1:
@@ -104,16 +108,13 @@ def run(
     planned = plan(jobs, batch_tokens, max_rows)
     waiting = [batch for batch in planned if any(job.key not in output.done for job in batch)]
     too_large: set[tuple[int, ...]] = set()
-    try:
-        with progress(sum(map(_tokens, waiting)), report) as advance:
-            for batch in waiting:
-                stop()
-                for job, answer in _answers(engine, batch, too_large):
-                    if job.key not in output.done:
-                        output.add(record_of(job, answer, score, output, save_prompts))
-                advance(_tokens(batch))
-    finally:
-        output.writer.flush()
+    with progress(sum(map(_tokens, waiting)), report) as advance:
+        for batch in waiting:
+            stop()
+            for job, answer in _answers(engine, batch, too_large):
+                if job.key not in output.done:
+                    output.add(record_of(job, answer, score, output, save_prompts))
+            advance(_tokens(batch))
     failed = sum("error" in output.done[job.key] for job in jobs)
     return Summary(len(jobs), len(jobs) - found, found, failed, output.finish(keys))
 
@@ -138,7 +139,7 @@ def encode_all(samples: Sequence[Sample], engine: Engine, stop: Callable[[], Non
 
 
 def plan(jobs: Sequence[Job], batch_tokens: int, max_rows: int) -> list[list[Job]]:
-    """Batches of one shape each, the longest prompts first: what does not fit shows at once, and the rest gets faster."""
+    """Batches of one shape each, the longest prompts first: what does not fit shows at once."""
     shapes: dict[tuple[int, int], list[Job]] = defaultdict(list)
     for job in sorted(jobs, key=lambda job: -len(job.tokens)):
         shapes[job.shape].append(job)
@@ -158,14 +159,17 @@ def record_of(job: Job, answer: Mapping[str, Any], score: Score, output: Output,
     own |= {"prompt_sha256": job.prompt_sha256(), "prompt_tokens": len(job.tokens), "whole_tokens": job.whole}
     if save_prompts:
         own["prompt"] = sample.context + sample.question + sample.prefill
-    if taken := (own.keys() | {"score"}) & answer.keys():
+    if taken := (own.keys() | {"score", "problem"}) & answer.keys():
         raise ValueError(f"the engine's answer to {sample.task} {sample.id} has fields of the runner: {sorted(taken)}")
     if "error" in answer:
         return {**own, **answer}
-    value = score(sample, answer)
-    if value is not None and not math.isfinite(value):
-        raise ValueError(f"the score of {sample.task} {sample.id} is {value}")
-    return {**own, **answer, "score": None if value is None else float(value)}
+    scored = score(sample, answer)
+    if scored is None:
+        return {**own, **answer, "score": None}
+    if not math.isfinite(scored.score):
+        raise ValueError(f"the score of {sample.task} {sample.id} is {scored.score}")
+    problem = {"problem": scored.problem} if scored.problem else {}
+    return {**own, **answer, "score": float(scored.score), **problem}
 
 
 def _answers(engine: Engine, batch: list[Job], too_large: set[tuple[int, ...]]) -> Iterator[tuple[Job, dict[str, Any]]]:

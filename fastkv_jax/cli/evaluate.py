@@ -1,0 +1,263 @@
+"""Ask a model the questions of a suite, under one method or a grid of them, and write down every answer.
+
+  evaluate.py --suite ruler --lengths 4096 8192 --samples 20 --output results/
+  evaluate.py --suite longbench --data LongBench/ --method snapkv --retention-rate 0.1 --output results/
+  evaluate.py --suite needle --lengths 2048 4096 --depths 5 --output results/
+  evaluate.py --suite evidence --output results/              (configs/suites/evidence.yaml: suites x methods)
+
+A run that was interrupted goes on when the same command is given again. Each method's folder has run.json, part files
+with a line for each sample, and results.jsonl at the end; table.md, .csv and .json compare the methods.
+"""
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from fastkv_jax import presets
+from fastkv_jax.cli import common, meshes, settings
+from fastkv_jax.errors import FastKVConfigError
+from fastkv_jax.methods import Method
+
+RUN_KEYS = {"name", "method", "preset", "settings"}
+TABLES = (("table.md", "as_markdown"), ("table.csv", "as_csv"), ("table.json", "as_json"))
+
+
+class Run(NamedTuple):
+    """One method with its settings."""
+
+    name: str
+    method: Method
+    window_at_question: bool
+
+
+def parser() -> common.Parser:
+    """All flags, with their ranges."""
+    parser = common.Parser(prog="evaluate.py", description=__doc__)
+    common.add_model_flags(parser)
+    group = parser.add_argument_group("questions")
+    group.add_argument("--suite", required=True, metavar="NAME", help="ruler, longbench, needle, perplexity, or "
+                       "a grid: a name in configs/suites or a .yaml file")  # fmt: skip
+    group.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="of the suite (default: all that it has)")
+    group.add_argument("--lengths", type=int, nargs="+", default=[], metavar="N", help="tokens, answer included")
+    group.add_argument("--samples", type=int, metavar="N", help="of each task and length, >= 1")
+    group.add_argument("--depths", type=int, metavar="N", help="needle: places in the text, >= 1 (default: 10)")
+    group.add_argument("--data", metavar="FOLDER", help="published data: LongBench's <task>.jsonl, or RULER's "
+                       "<length>/<task>.jsonl; gs:// works with the extra gcs")  # fmt: skip
+    group.add_argument("--texts", metavar="FOLDER", help=".txt files to hide needles in (default: our own chronicle)")
+    group.add_argument("--protocol", metavar="NAME", help="longbench: upstream (default) or fastkv")
+    group.add_argument("--seed", type=int, default=42, help="of what is made (default: 42)")
+    group.add_argument("--query-agnostic", action="store_true", help="compress the context before the question is read")
+    group = parser.add_argument_group("run")
+    group.add_argument("--output", required=True, metavar="FOLDER", help="on a disk or gs://")
+    group.add_argument("--overwrite", action="store_true", help="remove what another configuration left there")
+    group.add_argument("--take-over", action="store_true", help="gs://: the process that held the folder is dead")
+    group.add_argument("--batch-tokens", type=int, default=16_384, metavar="N", help="padded tokens at once, >= 1 "
+                       "(default: 16384)")  # fmt: skip
+    group.add_argument("--max-rows", type=int, default=8, metavar="N", help="rows of a batch, >= 1 (default: 8)")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="longer prompts are cut in the middle (default: the "
+                       "model's context)")  # fmt: skip
+    group.add_argument("--mesh", metavar="AXES", help=meshes.HELP)
+    group.add_argument("--distributed", nargs="?", const="", metavar="HOST:PORT,N,I", help="share the samples with "
+                       "other processes: address, how many, which one (default: Cloud TPU tells)")  # fmt: skip
+    group.add_argument("--save-prompts", action="store_true", help="write the prompts down too")
+    group.add_argument("--kv-dtype", choices=("int8", "float8_e4m3fn"), help="keep the prompt's entries in 8 bits")
+    settings.add_method_flags(parser)
+    common.add_run_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    return common.run(_run, parser().parse(argv))
+
+
+def _run(options: argparse.Namespace) -> int:
+    from fastkv_jax.evals import folder
+    from fastkv_jax.evals.catalogue import SuiteSettings, check
+
+    for name in ("batch_tokens", "max_rows"):
+        if getattr(options, name) < 1:
+            raise FastKVConfigError(f"{name} must be >= 1, got {getattr(options, name)}")
+    axes = meshes.parse(options.mesh)
+    grid = _grid(options)
+    suites = [_suite_settings(entry) for entry in grid["suites"]] if grid else [
+        SuiteSettings(options.suite, tuple(options.tasks), tuple(options.lengths), options.samples, options.depths,
+                      options.data, options.texts, options.protocol, options.seed)
+    ]  # fmt: skip
+    for suite in suites:
+        check(suite)
+    settings.check(options)
+    folder.check_output(options.output) if grid is None else None
+    if options.distributed is not None:
+        _join(options.distributed)
+    platform = common.choose_platform(options)
+    if not options.no_compile_cache:
+        common.use_compile_cache()
+    return _evaluate(options, suites, grid, axes, platform)
+
+
+def _join(text: str) -> None:
+    """Start `jax.distributed`, before any device is looked at."""
+    import jax
+
+    known: dict[str, Any] = {}
+    if text:
+        address, *numbers = text.split(",")
+        if ":" not in address or len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+            raise FastKVConfigError(f"--distributed takes HOST:PORT,N,I, got {text!r}")
+        known = {"coordinator_address": address, "num_processes": int(numbers[0]), "process_id": int(numbers[1])}
+        if known["process_id"] >= known["num_processes"]:
+            raise FastKVConfigError(f"--distributed: process {numbers[1]} of {numbers[0]}; they are counted from 0")
+    jax.distributed.initialize(**known)
+
+
+def _grid(options: argparse.Namespace) -> dict[str, Any] | None:
+    """The content of a grid's file; None for a suite by name."""
+    from fastkv_jax.evals import suites
+    from fastkv_jax.evals.catalogue import USES
+
+    if options.suite in USES:
+        return None
+    try:
+        if options.suite.endswith(".yaml"):
+            found = yaml.safe_load(Path(options.suite).read_text(encoding="utf-8"))
+        else:
+            found = suites.load(options.suite)
+    except FileNotFoundError as error:
+        raise FastKVConfigError(f"unknown suite {options.suite!r}; there are: {', '.join(USES)}, evidence, or a .yaml "
+                                "file") from error  # fmt: skip
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FastKVConfigError(f"{options.suite} is no YAML: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(found, dict) or not found.keys() >= {"suites", "runs"}:
+        raise FastKVConfigError(f"{options.suite} needs the lists 'suites' and 'runs'")
+    strange = found.keys() - {"about", "suites", "runs"}
+    if strange:
+        raise FastKVConfigError(f"{options.suite}: unknown key {sorted(strange)[0]!r}")
+    given = [name for name in ("tasks", "lengths", "samples", "depths", "data", "texts", "protocol")
+             if getattr(options, name) not in (None, [])]  # fmt: skip
+    if given:
+        raise FastKVConfigError(f"--{given[0]} belongs to one suite; {options.suite} has its own settings")
+    return found
+
+
+def _suite_settings(entry: dict[str, Any]) -> Any:
+    from fastkv_jax.evals.catalogue import SuiteSettings
+
+    known = {field.name for field in dataclasses.fields(SuiteSettings)}
+    if not isinstance(entry, dict) or "suite" not in entry or entry.keys() - known:
+        raise FastKVConfigError(f"a suite has the settings {', '.join(sorted(known))}, got {entry!r}")
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+    return SuiteSettings(**given)
+
+
+def _runs(options: argparse.Namespace, grid: dict[str, Any] | None, model: str, layers: int) -> list[Run]:
+    if grid is None:
+        preset, method = settings.method(options, model, layers)
+        return [Run(options.method, method, preset.window_end == "question")]
+    runs = []
+    for entry in grid["runs"]:
+        if not isinstance(entry, dict) or not {"name", "method"} <= entry.keys() <= RUN_KEYS:
+            raise FastKVConfigError(f"a run has name, method, preset and settings, got {entry!r}")
+        preset = presets.load(entry["preset"]) if "preset" in entry else presets.for_model(model)
+        method = presets.build(entry["method"], preset, entry.get("settings", {}), layers)
+        runs.append(Run(entry["name"], method, preset.window_end == "question"))
+    return runs
+
+
+def _evaluate(options: argparse.Namespace, suites, grid, axes: dict[str, int], platform: str) -> int:
+    import jax
+
+    from fastkv_jax import checkpoint, text
+    from fastkv_jax.cli.report import Reporter
+    from fastkv_jax.evals import catalogue, folder
+    from fastkv_jax.evals.engine import ModelEngine
+    from fastkv_jax.evals.runner import run
+    from fastkv_jax.evals.signals import deferred_signals
+
+    say = Reporter(quiet=options.quiet)
+    dtype = common.dtype_for(options, platform)
+    say.header(platform, dtype)
+    found = checkpoint.resolve(options.model, progress=not options.quiet)
+    config = checkpoint.inspect(found)
+    limit = options.max_tokens or config.max_position_embeddings
+    if not 1 <= limit <= config.max_position_embeddings:
+        raise FastKVConfigError(f"max_tokens must be in 1 ... {config.max_position_embeddings:,}, got {limit}")
+    runs = _runs(options, grid, found.name, config.num_layers)
+    tokenizer = text.load_tokenizer(found)
+    text.check_vocabulary(tokenizer, config)
+    count = lambda words: len(text.continue_with(tokenizer, words))  # noqa: E731
+    around = len(text.encode_chat(tokenizer, "?").token_ids) - count("?") if text.has_chat_template(tokenizer) else 0
+    built = [catalogue.build(suite, count, around) for suite in suites]
+    samples = [sample for suite in built for sample in suite.samples]
+    suite_of = {task: suite for suite in built for task in suite.metrics}
+    say.line("suite", f"{len(samples)} questions x {len(runs)} methods")
+    model = checkpoint.load_model(found, dtype, mesh=meshes.build(axes))
+    process, processes = jax.process_index(), jax.process_count()
+    with deferred_signals() as stop:
+        for one in runs:
+            engine = ModelEngine(
+                model, tokenizer, one.method, limit, one.window_at_question, not options.query_agnostic,
+                kv_dtype=options.kv_dtype,
+            )  # fmt: skip
+            config_of_run = {
+                "model": found.name, "dtype": dtype, "method": type(one.method).__name__,
+                "settings": presets.settings(one.method), "window_at_question": one.window_at_question,
+                "query_aware": not options.query_agnostic, "kv_dtype": options.kv_dtype, "max_tokens": limit,
+                "mesh": axes, "suites": [dataclasses.asdict(suite) for suite in suites],
+                "protocol": options.protocol or "upstream",
+            }  # fmt: skip
+            where = f"{options.output.rstrip('/')}/{_slug(one.name)}"
+            say.line("method", f"{one.name} -> {where}")
+            with folder.opened(
+                where, config_of_run, process=process, processes=processes,
+                overwrite=options.overwrite, take_over=options.take_over,
+            ) as output:  # fmt: skip
+                summary = run(
+                    samples, engine, output, score=lambda sample, answer: suite_of[sample.task].score(sample, answer),
+                    batch_tokens=options.batch_tokens, max_rows=options.max_rows, save_prompts=options.save_prompts,
+                    stop=stop, report=None if options.quiet else lambda line: say.line("", line),
+                )  # fmt: skip
+            if summary.failed:
+                say.line("failed", f"{summary.failed} of {summary.samples} samples have an error in their record")
+    if process == 0:
+        _report(options, runs, built)
+    return common.OK
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-").lower()
+
+
+def _report(options: argparse.Namespace, runs: list[Run], built) -> None:
+    """The table, on stdout and beside the runs; the needle's map of each run."""
+    import json
+
+    from etils import epath
+
+    from fastkv_jax.evals import averages, heat_map, tables
+
+    out = epath.Path(options.output)
+    groups = {name: tasks for suite in built for name, tasks in suite.groups.items()}
+    done = []
+    for one in runs:
+        results = out / _slug(one.name) / "results.jsonl"
+        if not results.exists():  # other processes are still at it
+            print(f"{one.name}: not all samples are answered yet", file=sys.stderr)
+            continue
+        records = [json.loads(line) for line in results.read_text().splitlines()]
+        done.append(tables.Run(one.name, records))
+        cells = [record for record in records if record["task"] == "needle"]
+        if cells and not str(out).startswith("gs:"):
+            heat_map.heat_map(cells, Path(out) / f"needle-{_slug(one.name)}.png")
+    rows = tables.rows_of(
+        done, averages=lambda means: averages.of_means(means, groups or None), interval=averages.interval
+    )
+    for name, form in TABLES:
+        (out / name).write_text(getattr(tables, form)(rows))
+    print(tables.as_text(rows))
