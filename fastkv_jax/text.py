@@ -222,6 +222,11 @@ def _from_gguf(path: Path) -> Any:
         )
 
 
+def render_chat(tokenizer: Any, prompt: str) -> str:
+    """The text that a one-question chat becomes, BOS included where the template writes one."""
+    return _render(tokenizer, prompt, None)
+
+
 def _render(tokenizer: Any, prompt: str, system: str | None) -> str:
     from jinja2 import TemplateError
 

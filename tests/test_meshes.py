@@ -51,7 +51,12 @@ def alone(name: str) -> Generated:
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [(name, mesh) for name in METHODS for mesh in ("data=2, model=2", "sequence=4")]
-    + [(name, mesh) for name in ("fastkv", "adakv", "gemfilter", "asl") for mesh in MESHES if "=2, s" in mesh or "8" in mesh],
+    + [
+        (name, mesh)
+        for name in ("fastkv", "adakv", "gemfilter", "asl")
+        for mesh in MESHES
+        if "=2, s" in mesh or "8" in mesh
+    ],
 )
 def test_every_method_keeps_and_says_the_same(name: str, mesh: str):
     ours, theirs = made(spread_model(mesh), METHODS[name]), alone(name)

@@ -21,7 +21,7 @@ import yaml
 
 from fastkv_jax import presets
 from fastkv_jax.cli import common, meshes, settings
-from fastkv_jax.errors import FastKVConfigError
+from fastkv_jax.errors import FastKVConfigError, InputError
 from fastkv_jax.methods import Method
 
 RUN_KEYS = {"name", "method", "preset", "settings"}
@@ -78,7 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fastkv_jax.evals import folder
     from fastkv_jax.evals.catalogue import SuiteSettings, check
 
     for name in ("batch_tokens", "max_rows"):
@@ -92,14 +91,30 @@ def _run(options: argparse.Namespace) -> int:
     ]  # fmt: skip
     for suite in suites:
         check(suite)
+        if suite.protocol == "fastkv" and options.query_agnostic:
+            raise FastKVConfigError("--query-agnostic: protocol fastkv compresses with the question")
     settings.check(options)
-    folder.check_output(options.output) if grid is None else None
+    _check_output(options.output)
     if options.distributed is not None:
         _join(options.distributed)
     platform = common.choose_platform(options)
     if not options.no_compile_cache:
         common.use_compile_cache()
     return _evaluate(options, suites, grid, axes, platform)
+
+
+def _check_output(output: str) -> None:
+    """Raise `InputError` unless nothing is there, or only what an earlier run of this command has left."""
+    from fastkv_jax.evals import folder
+
+    path = folder.writable(output)
+    if not path.is_dir():
+        return
+    for inside in path.iterdir():
+        if inside.is_dir():
+            folder.check_output(inside)
+        elif inside.name not in [name for name, _ in TABLES] and not inside.name.startswith("needle-"):
+            raise InputError(f"{output} holds {inside.name}, which no run has left there; give a new folder")
 
 
 def _join(text: str) -> None:
@@ -198,19 +213,20 @@ def _evaluate(options: argparse.Namespace, suites, grid, axes: dict[str, int], p
     suite_of = {task: suite for suite in built for task in suite.metrics}
     say.line("suite", f"{len(samples)} questions x {len(runs)} methods")
     model = checkpoint.load_model(found, dtype, mesh=meshes.build(axes))
+    protocol = _protocol(suites)
     process, processes = jax.process_index(), jax.process_count()
     with deferred_signals() as stop:
         for one in runs:
             engine = ModelEngine(
                 model, tokenizer, one.method, limit, one.window_at_question, not options.query_agnostic,
-                kv_dtype=options.kv_dtype,
+                protocol=protocol, kv_dtype=options.kv_dtype,
             )  # fmt: skip
             config_of_run = {
                 "model": found.name, "dtype": dtype, "method": type(one.method).__name__,
                 "settings": presets.settings(one.method), "window_at_question": one.window_at_question,
                 "query_aware": not options.query_agnostic, "kv_dtype": options.kv_dtype, "max_tokens": limit,
                 "mesh": axes, "suites": [dataclasses.asdict(suite) for suite in suites],
-                "protocol": options.protocol or "upstream",
+                "protocol": protocol.name if protocol else "ours",
             }  # fmt: skip
             where = f"{options.output.rstrip('/')}/{_slug(one.name)}"
             say.line("method", f"{one.name} -> {where}")
@@ -228,6 +244,16 @@ def _evaluate(options: argparse.Namespace, suites, grid, axes: dict[str, int], p
     if process == 0:
         _report(options, runs, built)
     return common.OK
+
+
+def _protocol(suites) -> Any:
+    """LongBench's, which holds for all of a run; the other suites have none."""
+    from fastkv_jax.evals.protocols import PROTOCOLS
+
+    names = {suite.protocol or "upstream" for suite in suites if suite.suite == "longbench"}
+    if len(names) > 1 or (names and any(suite.suite != "longbench" for suite in suites)):
+        raise FastKVConfigError("longbench's protocols hold for a whole run: give it a grid of its own")
+    return PROTOCOLS[names.pop()] if names else None
 
 
 def _slug(name: str) -> str:

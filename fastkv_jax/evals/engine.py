@@ -1,5 +1,6 @@
 """What answers an evaluation's questions: a model, a tokenizer, a method; batches of ragged rows."""
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fastkv_jax import generation, inference, text
@@ -14,12 +16,15 @@ from fastkv_jax.buckets import bucket_for, pad_batch
 from fastkv_jax.cache import KVCache
 from fastkv_jax.costs import prefill_flops
 from fastkv_jax.errors import InputError
+from fastkv_jax.evals import prompts
 from fastkv_jax.evals.memory_maps import forget_programs_if_many
+from fastkv_jax.evals.protocols import Protocol
 from fastkv_jax.evals.sample import Encoded, Sample
 from fastkv_jax.methods import ASL, FullKV, Method
 from fastkv_jax.model import Llama
 from fastkv_jax.ops import Kernels
 from fastkv_jax.scoring import next_token_scores
+from fastkv_jax.sharding import DATA
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -42,81 +47,67 @@ class ModelEngine:
     max_tokens: int  # prompt and answer together
     window_at_question: bool = True  # the observation window ends with the question, not with the template
     query_aware: bool = True  # False: the context is compressed before the question is read
-    truncate: bool = True  # in the middle of the prompt; False: what does not fit is refused
+    protocol: Protocol | None = None  # how prompts are cut and answers end; None: ours
     kernels: Kernels | None = None
     kv_dtype: str | None = None
     seen: set[tuple[int, ...]] = field(default_factory=set, compare=False, repr=False)
 
     def encode(self, sample: Sample) -> Encoded:
-        """The sample's prompt; the middle of what the template surrounds is cut if it does not fit."""
-        if not sample.max_new_tokens:  # a text, without a template
-            return self._fit(sample, text.encode_raw(self.tokenizer, sample.context), len(self._rest(sample)))
-        if sample.chat:
-            whole = text.encode_chat(self.tokenizer, sample.context + sample.question, prefill=sample.prefill or None)
-        else:
-            whole = text.encode_raw(self.tokenizer, sample.context + sample.question + sample.prefill)
-        return self._fit(sample, whole, sample.max_new_tokens)
-
-    def _fit(self, sample: Sample, whole: text.EncodedPrompt, answer: int) -> Encoded:
-        length = len(whole.token_ids)
-        if length + answer > self.max_tokens:
-            if not self.truncate or self.max_tokens <= answer:
-                raise InputError(
-                    f"{sample.task} {sample.id}: {length:,} tokens + {answer:,} of the answer > {self.max_tokens:,}"
-                )
-            whole = whole.truncated(self.max_tokens - answer, "middle")
-        return Encoded(sample, whole.token_ids, whole.window_end, length)
+        """The sample's prompt; what is too long with its answer is cut, which the record shows."""
+        answer = sample.max_new_tokens or len(self._rest(sample))
+        return prompts.encode(self.tokenizer, sample, self.max_tokens - answer, self.protocol)
 
     def _rest(self, sample: Sample) -> list[int]:
         return text.continue_with(self.tokenizer, sample.answers[0])
 
-    def answer(self, prompts: Sequence[Encoded]) -> list[dict[str, Any]]:
+    def answer(self, batch: Sequence[Encoded]) -> list[dict[str, Any]]:
         """Answers of one batch; raises `MemoryError` if it does not fit on the device."""
         forget_programs_if_many()
+        mesh = self.model.mesh
+        spare = -len(batch) % (1 if mesh is None else mesh.shape.get(DATA, 1))  # every device needs rows
         try:
-            return self._answer(prompts)
+            return self._answer([*batch, *[batch[-1]] * spare])[: len(batch)]
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise MemoryError(str(error).splitlines()[0]) from error
             raise
 
-    def _answer(self, prompts: Sequence[Encoded]) -> list[dict[str, Any]]:
+    def _answer(self, batch: Sequence[Encoded]) -> list[dict[str, Any]]:
         before = _compilations()
-        new = max(prompt.sample.max_new_tokens for prompt in prompts)
-        self._warm_up(prompts, new)
+        new = max(prompt.sample.max_new_tokens for prompt in batch)
+        self._warm_up(batch, new)
         began = time.perf_counter()
-        result = jax.block_until_ready(self._read(prompts, new))
+        result = jax.block_until_ready(self._read(batch, new))
         kept = result.cache.entry_bytes()
         if new:
-            ids, first_s, token_s = self._decode(result, prompts, new, began)
-            rows = [self._words(prompt.sample, row) for prompt, row in zip(prompts, ids, strict=True)]
+            ids, first_s, token_s = self._decode(result, batch, new, began)
+            rows = [self._words(prompt.sample, row) for prompt, row in zip(batch, ids, strict=True)]
             times: dict[str, Any] = {"ttft_s": first_s, "token_s": token_s}
         else:
-            rows, times = self._likelihoods(result.cache, prompts), {"ttft_s": time.perf_counter() - began}
-        costs = [self._costs(len(prompt.tokens), int(bytes)) for prompt, bytes in zip(prompts, kept, strict=True)]
-        more = {**times, "rows": len(prompts), "compiled": _compilations() - before}
+            rows, times = self._likelihoods(result.cache, batch), {"ttft_s": time.perf_counter() - began}
+        costs = [self._costs(len(prompt.tokens), int(bytes)) for prompt, bytes in zip(batch, kept, strict=True)]
+        more = {**times, "rows": len(batch), "compiled": _compilations() - before}
         return [{**row, **cost, **more} for row, cost in zip(rows, costs, strict=True)]
 
-    def _warm_up(self, prompts: Sequence[Encoded], new: int) -> None:
+    def _warm_up(self, batch: Sequence[Encoded], new: int) -> None:
         """Run a batch of a new shape once before it is timed: compilation is no part of an answer's time."""
-        shape = (len(prompts), bucket_for(max(len(prompt.tokens) for prompt in prompts)), new)
+        shape = (len(batch), bucket_for(max(len(prompt.tokens) for prompt in batch)), new)
         if shape not in self.seen:
-            result = self._read(prompts, new)
+            result = self._read(batch, new)
             if new:
-                next(generation.decode_chunks(self.model, result, max_new_tokens=1, kernels=self.kernels))
-                generation.compile_decode(self.model, result, kernels=self.kernels)
+                generation.compile_decode(self.model, result, kernels=self.kernels, stop_tokens=self._ends())
             jax.block_until_ready(result.logits)
             self.seen.add(shape)
 
-    def _read(self, prompts: Sequence[Encoded], new: int) -> inference.Prefill:
+    def _read(self, batch: Sequence[Encoded], new: int) -> inference.Prefill:
         options: dict[str, Any] = {"kernels": self.kernels, "kv_dtype": self.kv_dtype}
         if self.query_aware or not new:
-            tokens, start = pad_batch([prompt.tokens for prompt in prompts])
-            ends = np.array([prompt.window_end * self.window_at_question for prompt in prompts], np.int32)
+            tokens, start = pad_batch([prompt.tokens for prompt in batch])
+            ends = np.array([prompt.window_end * self.window_at_question for prompt in batch], np.int32)
             return inference.prefill(
                 self.model, tokens, start, method=self.method, max_new_tokens=new, window_end=ends, **options
             )
-        parts = [self._split(prompt) for prompt in prompts]
+        parts = [self._split(prompt) for prompt in batch]
         tokens, start = pad_batch([context for context, _ in parts])
         read = inference.prefill(self.model, tokens, start, method=self.method, max_new_tokens=0, **options)
         tokens, start = pad_batch([question for _, question in parts])
@@ -134,19 +125,21 @@ class ModelEngine:
             raise InputError(f"{sample.task} {sample.id}: no context before the question")
         return prompt.tokens[:at], prompt.tokens[at:]
 
-    def _decode(self, result, prompts: Sequence[Encoded], new: int, began: float) -> tuple[np.ndarray, float, float]:
+    def _decode(self, result, batch: Sequence[Encoded], new: int, began: float) -> tuple[np.ndarray, float, float]:
         """(token ids [B, made], seconds to the first token, seconds of each later one)."""
-        stops = [text.StopMatcher(prompt.sample.stop) for prompt in prompts]
-        streams = [text.TextStream(self.tokenizer) for _ in prompts]
-        ended = np.zeros(len(prompts), bool)
+        stops = [text.StopMatcher(prompt.sample.stop) for prompt in batch]
+        streams = [text.TextStream(self.tokenizer) for _ in batch]
+        ended = np.zeros(len(batch), bool)
         made, first_s, first_at = [], 0.0, 0.0
-        for chunk, done in generation.decode_chunks(self.model, result, max_new_tokens=new, kernels=self.kernels):
+        result = self._with_a_first_token(result, batch)
+        options: dict[str, Any] = {"max_new_tokens": new, "kernels": self.kernels, "stop_tokens": self._ends()}
+        for chunk, done in generation.decode_chunks(self.model, result, **options):
             if not made:
                 first_at = time.perf_counter()
                 first_s = first_at - began
             made.append(chunk)
             total = sum(part.shape[1] for part in made)
-            for b, prompt in enumerate(prompts):
+            for b, prompt in enumerate(batch):
                 found = [stops[b].push(streams[b].push(token))[1] for token in chunk[b].tolist()]
                 ended[b] |= any(found) or total >= prompt.sample.max_new_tokens
             if (ended | done).all():
@@ -155,19 +148,36 @@ class ModelEngine:
         later = ids.shape[1] - 1
         return ids, first_s, (time.perf_counter() - first_at) / later if later else 0.0
 
+    def _ends(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        if self.protocol is not None and self.protocol.end_tokens == "tokenizer":
+            return (int(self.tokenizer.eos_token_id),)
+        return self.model.config.stop_tokens
+
+    def _with_a_first_token(self, result: inference.Prefill, batch: Sequence[Encoded]) -> inference.Prefill:
+        """Logits under which answers do not end before they begin, where the protocol has it so."""
+        if self.protocol is None:
+            return result
+        logits = np.array(result.logits)
+        for row, prompt in zip(logits, batch, strict=True):
+            if self.protocol.min_new_tokens(prompt.sample.task):
+                stops = [text.continue_with(self.tokenizer, stop)[-1] for stop in prompt.sample.stop]
+                row[[*self._ends(), *stops]] = -1e30
+        return dataclasses.replace(result, logits=jnp.asarray(logits))
+
     def _words(self, sample: Sample, ids: np.ndarray) -> dict[str, Any]:
         """The answer's text, up to its end token, its length or its stop."""
         mine = ids[: sample.max_new_tokens].tolist()
-        ends = [i for i, token in enumerate(mine) if token in self.model.config.stop_tokens]
+        ends = [i for i, token in enumerate(mine) if token in self._ends()]
         mine = mine[: ends[0]] if ends else mine
         said = self.tokenizer.decode(mine, skip_special_tokens=True)
         cuts = [said.find(stop) for stop in sample.stop if stop in said]
         finish = "stop" if ends or cuts else "length"
         return {"prediction": said[: min(cuts)] if cuts else said, "finish": finish, "new_tokens": len(mine)}
 
-    def _likelihoods(self, cache: KVCache, prompts: Sequence[Encoded]) -> list[dict[str, Any]]:
+    def _likelihoods(self, cache: KVCache, batch: Sequence[Encoded]) -> list[dict[str, Any]]:
         """Each row's text goes on after its cache; the first token of it has no logits and is not counted."""
-        texts = [self._rest(prompt.sample) for prompt in prompts]
+        texts = [self._rest(prompt.sample) for prompt in batch]
         found, _ = next_token_scores(self.model, *pad_batch(texts), cache=cache)
         sums = np.asarray(found).sum(axis=1)
         counts = [len(words) - 1 for words in texts]

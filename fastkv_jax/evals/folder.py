@@ -112,20 +112,25 @@ def opened(
         yield Output(path, config, config_hash, process, processes, found.records, tuple(notes), writer)
 
 
-def check_output(folder: str | os.PathLike[str]) -> epath.Path:
-    """Raise `InputError` unless records can go there: nothing is there yet, an empty folder, or a run's folder."""
+def writable(folder: str | os.PathLike[str]) -> epath.Path:
+    """Raise `InputError` unless this is a folder, or can become one."""
     scheme, colon, _ = os.fspath(folder).partition("://")
     if colon and scheme not in REMOTE:
         raise InputError(f"cannot write to {folder}: a folder is on a disk, gs:// or s3://")
     path = epath.Path(folder)
     try:
-        is_dir = path.is_dir()
-        exists = is_dir or path.exists()
-        names = [held.name for held in inside(path)] if is_dir else []
+        is_file = path.exists() and not path.is_dir()
     except ImportError as error:  # the library behind gs:// or s3:// is an extra
         raise InputError(f"cannot write to {folder}: {error} (pip install 'fastkv-jax[gcs]')") from error
-    if exists and not is_dir:
+    if is_file:
         raise InputError(f"cannot write to {folder}: it is a file; give a folder")
+    return path
+
+
+def check_output(folder: str | os.PathLike[str]) -> epath.Path:
+    """Raise `InputError` unless records can go there: nothing is there yet, an empty folder, or a run's folder."""
+    path = writable(folder)
+    names = [held.name for held in inside(path)] if path.is_dir() else []
     strange = [name for name in names if not name.startswith(SCRATCH)]
     if strange and RUN not in names:
         raise InputError(f"{folder} holds {strange[0]} but no {RUN}, so it is no run's folder; give a new one")

@@ -38,7 +38,7 @@ class Engine(Protocol):
         """The sample's prompt, truncated as the protocol says; raises `InputError` if it cannot be made to fit."""
         ...
 
-    def answer(self, prompts: Sequence[Encoded]) -> list[dict[str, Any]]:
+    def answer(self, batch: Sequence[Encoded]) -> list[dict[str, Any]]:
         """For each, what JSON can hold: prediction (str), finish ("stop" or "length"), seconds, kept entries, ...
 
         Raises `MemoryError` if the device has no memory for them.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,7 +179,10 @@ def start(*words: str, cwd: Path) -> subprocess.Popen:
 
 
 def test_ctrl_c_prints_what_there_is_and_the_stats(tiny_model, tmp_path):
-    words = ("--model", str(tiny_model), "--prompt", "hello", "-n", "4000", "--temperature", "1", "--raw")
+    endless = shutil.copytree(tiny_model, tmp_path / "endless")
+    config = json.loads((endless / "config.json").read_text())
+    (endless / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    words = ("--model", str(endless), "--prompt", "hello", "-n", "4000", "--temperature", "1", "--raw")
     with start(*words, cwd=tmp_path) as process:
         first = process.stdout.read(4)
         process.send_signal(signal.SIGINT)
