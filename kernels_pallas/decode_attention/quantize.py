@@ -7,8 +7,8 @@ from jaxtyping import Array, Float, Shaped
 def quantize(x: Float[Array, "*S D"], dtype) -> tuple[Shaped[Array, "*S D"], Float[Array, "*S"]]:
     """Symmetric, the largest magnitude of each vector on the largest number of `dtype` (int8 or float8_e4m3fn).
 
-    x is about values * scale; a vector of zeros has scale 0. The scale is in bfloat16, rounded up, and the values are of
-    that rounded scale: two bytes are saved at the cost of the last half percent of the range.
+    x is about values * scale; a vector of zeros has scale 0. The scale is in bfloat16, rounded up, and the values are
+    made with that rounded scale: two bytes are saved at the cost of the last half percent of the range.
     """
     dtype = jnp.dtype(dtype)
     integers = jnp.issubdtype(dtype, jnp.integer)

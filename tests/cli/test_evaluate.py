@@ -75,11 +75,11 @@ def test_a_grid_runs_every_method(tmp_path, tiny_model, capsys):
 def test_two_processes_share_the_samples(tmp_path, done, needles):
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        address = f"localhost:{free.getsockname()[1]}"
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     running = [
         subprocess.Popen(
-            [sys.executable, SCRIPT, *needles, "--output", tmp_path / "out", "--distributed", f"localhost:{port},2,{i}"],
+            [sys.executable, SCRIPT, *needles, "--output", tmp_path / "out", "--distributed", f"{address},2,{i}"],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for i in (0, 1)
