@@ -88,7 +88,8 @@ def _run(options: argparse.Namespace) -> int:
              ("repeats", options.repeats >= 1, ">= 1"))  # fmt: skip
     for name, fine, allowed in rules:
         if not fine:
-            raise FastKVConfigError(f"{name} must be {allowed}, got {getattr(options, name)}")
+            given = getattr(options, name)
+            raise FastKVConfigError(f"{name} must be {allowed}, got {min(given) if name == 'tokens' else given}")
     settings.check(options)
     platform = common.choose_platform(options)
     if not options.no_compile_cache:
