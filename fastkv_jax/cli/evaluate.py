@@ -156,8 +156,9 @@ def _grid(options: argparse.Namespace) -> dict[str, Any] | None:
         raise FastKVConfigError(f"{options.suite}: unknown key {sorted(strange)[0]!r}")
     given = [name for name in ("tasks", "lengths", "samples", "depths", "data", "texts", "protocol")
              if getattr(options, name) not in (None, [])]  # fmt: skip
+    given += ["preset"] * (options.preset is not None) + [name.replace("_", "-") for name in settings.given(options)]
     if given:
-        raise FastKVConfigError(f"--{given[0]} belongs to one suite; {options.suite} has its own settings")
+        raise FastKVConfigError(f"--{given[0]} belongs to one suite and method; {options.suite} has its own settings")
     return found
 
 

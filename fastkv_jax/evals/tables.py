@@ -24,6 +24,7 @@ class Cost(NamedTuple):
 COSTS = (
     Cost("prefill_flops", "prefill FLOPs %", 100, 1),  # a share of full context's
     Cost("kv_bytes", "KV bytes %", 100, 1),  # a share of full context's
+    Cost("nll", "nats/token", 1, 3),  # of a text that goes on after what was kept
     Cost("ttft_s", "TTFT s", 1, 3),  # seconds to the first token
     Cost("token_s", "ms/token", 1000, 1),  # seconds of each later one
 )

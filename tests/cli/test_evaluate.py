@@ -69,7 +69,8 @@ def test_a_grid_runs_every_method(tmp_path, tiny_model, capsys):
     assert evaluate.main([*flags, "--output", str(tmp_path / "out")]) == 0
     full, snap = (records(tmp_path / "out" / name)[0] for name in ("full-all", "snapkv-30"))
     assert 0 < full["nll"] != snap["nll"] and full["kv_bytes"] == 1.0 and 0.25 < snap["kv_bytes"] < 0.35
-    assert "SnapKV 30 %" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "nats/token" in out and f"{full['nll']:.3f}" in out and "SnapKV 30 %" in out
 
 
 def test_two_processes_share_the_samples(tmp_path, done, needles):
@@ -101,7 +102,8 @@ def test_two_processes_share_the_samples(tmp_path, done, needles):
         (["--suite", "needle", "--lengths", "300", "--mesh", "data=99"], "--mesh wants 99 devices, this process has 8"),
         (["--suite", "needle", "--lengths", "300", "--distributed", "here"], "--distributed takes HOST:PORT,N,I"),
         (["--suite", "needle", "--lengths", "300", "--max-tokens", "99999"], "max_tokens must be in 1 ... 4,096"),
-        (["--suite", "evidence", "--lengths", "300"], "--lengths belongs to one suite; evidence has its own settings"),
+        (["--suite", "evidence", "--lengths", "300"], "--lengths belongs to one suite and method; evidence has its"),
+        (["--suite", "evidence", "--tsp-rate", "0.3"], "--tsp-rate belongs to one suite and method; evidence has"),
         (["--suite", "longbench", "--data", "/nowhere"], "/nowhere/narrativeqa.jsonl"),
         (["--suite", "needle", "--lengths", "20"], "does not fit into length 20"),
     ],

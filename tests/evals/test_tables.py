@@ -62,7 +62,7 @@ def test_markdown(rows):
     head, rule, full, fastkv = as_markdown(rows).splitlines()
     assert head.startswith("| run | qa | code | average | prefill FLOPs % |") and rule.startswith("| :-- | --: |")
     assert full.startswith("| full | 75.0 [50.0, 100.0] | 50.0 [25.0, 75.0] | 62.5 | 100.0 |")
-    assert fastkv == r"| fastkv \| 10 % | 0.0 [0.0, 0.0] |  | 0.0 |  | 20.0 |  |  |  | 4 | 2 |"
+    assert fastkv == r"| fastkv \| 10 % | 0.0 [0.0, 0.0] |  | 0.0 |  | 20.0 |  |  |  |  | 4 | 2 |"
 
 
 def test_csv(rows):
@@ -72,8 +72,8 @@ def test_csv(rows):
     assert (fastkv["name"], fastkv["code"], fastkv["code low"], fastkv["ttft_s"]) == ("fastkv | 10 %", "", "", "")
     assert fastkv["failed"] == "2"
     plain = as_csv(rows_of([Run("full", FULL)]))
-    assert plain.splitlines()[0] == "name,qa,code,prefill_flops,kv_bytes,ttft_s,token_s,compiled,samples,failed"
-    assert plain.splitlines()[1] == "full,75.0,50.0,1.0,1.0,1.0,0.02,4,4,0"
+    assert plain.splitlines()[0] == "name,qa,code,prefill_flops,kv_bytes,nll,ttft_s,token_s,compiled,samples,failed"
+    assert plain.splitlines()[1] == "full,75.0,50.0,1.0,1.0,,1.0,0.02,4,4,0"
 
 
 def test_json(rows):
