@@ -173,7 +173,8 @@ def test_an_old_output_is_replaced_only_by_a_complete_one(run):
 
 def start(*words: str, cwd: Path) -> subprocess.Popen:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(ROOT / "scripts" / "generate.py"), "--no-compile-cache", *words]
+    listens = ["env", "--default-signal=INT"]  # a shell's background jobs ignore Ctrl-C, and so would their children
+    command = [*listens, sys.executable, str(ROOT / "scripts" / "generate.py"), "--no-compile-cache", *words]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=cwd, env=environment, stdin=pipe, stdout=pipe, stderr=pipe)
 
