@@ -28,3 +28,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         complete = Path(scratch, target.name)
         yield complete
         os.replace(complete, target)
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Wait until the names of a folder on a disk are on it: a file that was synced could otherwise lose its own."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from fastkv_jax.attention import attention
 from tolerances import ATTENTION, ATTENTION_BF16
@@ -118,12 +119,14 @@ def test_rolling_rows_for_cudnn_changes_nothing(monkeypatch, kv_heads: int):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 3])
-def test_splash_attention_sees_groups_and_padding_as_we_do(monkeypatch, kv_heads: int):
-    """Its kernel, interpreted on the CPU."""
+@pytest.mark.parametrize("shards", [1, 2])
+def test_splash_attention_sees_groups_and_padding_as_we_do(monkeypatch, kv_heads: int, shards: int):
+    """Its kernel, interpreted on the CPU; also where each device has a part of the queries."""
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     real = splash_attention.make_splash_mha_single_device
     monkeypatch.setattr(splash_attention, "make_splash_mha_single_device", partial(real, interpret=True))
-    q, k, v, start = inputs(100, kv_heads)
-    out = attention(q, k, v, start, platform="tpu")
+    q, k, v, start = inputs(100 if shards == 1 else 256, kv_heads)
+    mesh = None if shards == 1 else Mesh(np.array(jax.devices()[:shards]), ("sequence",))
+    out = attention(q, k, v, start, platform="tpu", mesh=mesh)
     np.testing.assert_allclose(valid(out, start), expected(q, k, v, start), rtol=0, atol=ATTENTION)

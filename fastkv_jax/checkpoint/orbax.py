@@ -22,6 +22,7 @@ from fastkv_jax.checkpoint.assemble import abstract_model, check_finite, listed
 from fastkv_jax.checkpoint.quiet import quiet
 from fastkv_jax.config import Llama3Scaling, LlamaConfig, RopeConfig
 from fastkv_jax.errors import CheckpointError, FastKVConfigError
+from fastkv_jax.files import sync_folder
 from fastkv_jax.model import Llama
 
 FORMAT, VERSION = "fastkv_jax", 1
@@ -62,7 +63,7 @@ def save(model: Llama, folder: str | os.PathLike[str], write_extras: WriteExtras
         _write(model, temporary, write_extras)
         _sync(temporary)
         os.replace(temporary, target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -236,12 +237,4 @@ def _sync(folder: epath.Path) -> None:
         if path.is_file():
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: epath.Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(folder)

@@ -6,6 +6,8 @@ from typing import Protocol
 
 from etils import epath
 
+from fastkv_jax.files import sync_folder
+
 
 class Writer(Protocol):
     """Takes lines, each a record."""
@@ -35,7 +37,7 @@ class LocalPart:
         try:
             if self._handle is None:
                 self._handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
-                _sync_folder(self._path.parent)
+                sync_folder(self._path.parent)
             rest = memoryview(line)
             while rest:
                 rest = rest[os.write(self._handle, rest) :]
@@ -92,11 +94,3 @@ class RemoteParts:
 def part_path(folder: epath.Path, process: int, number: int) -> epath.Path:
     """Where a part is."""
     return folder / f"part-{process}-{number}.jsonl"
-
-
-def _sync_folder(folder: epath.Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

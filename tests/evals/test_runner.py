@@ -18,6 +18,7 @@ from fake_evaluation import FakeEngine, evaluate, samples, without_timings
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastkv_jax import files
 from fastkv_jax.buckets import bucket_for
 from fastkv_jax.errors import FastKVConfigError, InputError, Terminated
 from fastkv_jax.evals import parts as writers
@@ -331,7 +332,8 @@ def test_a_line_is_whole_and_synced_when_it_was_added(tmp_path, monkeypatch):
             did.append("sync")
             os.fsync(handle)
 
-    monkeypatch.setattr(writers, "os", Slow())
+    for module in (writers, files):
+        monkeypatch.setattr(module, "os", Slow())
     part = writers.LocalPart(writers.part_path(epath.Path(tmp_path), 0, 1))
     for added in (b"12345\n", b"6789\n"):
         part.add(added)
