@@ -14,6 +14,7 @@ import dataclasses
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,11 +152,13 @@ def _grid(options: argparse.Namespace) -> dict[str, Any] | None:
         raise FastKVConfigError(f"{options.suite} is no YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(found, dict) or not found.keys() >= {"suites", "runs"}:
         raise FastKVConfigError(f"{options.suite} needs the lists 'suites' and 'runs'")
-    strange = found.keys() - {"about", "suites", "runs"}
+    strange = found.keys() - {"about", "share_prefill", "suites", "runs"}
     if strange:
         raise FastKVConfigError(f"{options.suite}: unknown key {sorted(strange)[0]!r}")
     given = [name for name in ("tasks", "lengths", "samples", "depths", "data", "texts", "protocol")
              if getattr(options, name) not in (None, [])]  # fmt: skip
+    if found.get("share_prefill") and (options.query_agnostic or options.kv_dtype or options.mesh):
+        raise FastKVConfigError(f"{options.suite} shares prefills: not with --query-agnostic, --kv-dtype, --mesh")
     given += ["preset"] * (options.preset is not None) + [name.replace("_", "-") for name in settings.given(options)]
     if given:
         raise FastKVConfigError(f"--{given[0]} belongs to one suite and method; {options.suite} has its own settings")
@@ -192,8 +195,8 @@ def _evaluate(options: argparse.Namespace, suites, grid, axes: dict[str, int], p
     from fastkv_jax import checkpoint, text
     from fastkv_jax.cli.report import Reporter
     from fastkv_jax.evals import catalogue, folder
-    from fastkv_jax.evals.engine import ModelEngine
-    from fastkv_jax.evals.runner import run
+    from fastkv_jax.evals.engine import ModelEngine, OnePass
+    from fastkv_jax.evals.runner import Alone, run_together
     from fastkv_jax.evals.signals import deferred_signals
 
     say = Reporter(quiet=options.quiet)
@@ -216,35 +219,64 @@ def _evaluate(options: argparse.Namespace, suites, grid, axes: dict[str, int], p
     model = checkpoint.load_model(found, dtype, mesh=meshes.build(axes))
     protocol = _protocol(suites)
     process, processes = jax.process_index(), jax.process_count()
+
+    def opened(one: Run, shared: bool) -> Any:
+        config_of_run = {
+            "model": found.name, "dtype": dtype, "method": type(one.method).__name__,
+            "settings": presets.settings(one.method), "window_at_question": one.window_at_question,
+            "query_aware": not options.query_agnostic, "kv_dtype": options.kv_dtype, "max_tokens": limit,
+            "mesh": axes, "suites": [dataclasses.asdict(suite) for suite in suites],
+            "protocol": protocol.name if protocol else "ours", "shared_prefill": shared,
+        }  # fmt: skip
+        return folder.opened(
+            _folder(options, one), config_of_run, process=process, processes=processes,
+            overwrite=options.overwrite, take_over=options.take_over,
+        )  # fmt: skip
+
+    def engine(one: Run) -> ModelEngine:
+        return ModelEngine(
+            model, tokenizer, one.method, limit, one.window_at_question, not options.query_agnostic,
+            protocol=protocol, kv_dtype=options.kv_dtype,
+        )  # fmt: skip
+
     with deferred_signals() as stop:
-        for one in runs:
-            engine = ModelEngine(
-                model, tokenizer, one.method, limit, one.window_at_question, not options.query_agnostic,
-                protocol=protocol, kv_dtype=options.kv_dtype,
-            )  # fmt: skip
-            config_of_run = {
-                "model": found.name, "dtype": dtype, "method": type(one.method).__name__,
-                "settings": presets.settings(one.method), "window_at_question": one.window_at_question,
-                "query_aware": not options.query_agnostic, "kv_dtype": options.kv_dtype, "max_tokens": limit,
-                "mesh": axes, "suites": [dataclasses.asdict(suite) for suite in suites],
-                "protocol": protocol.name if protocol else "ours",
-            }  # fmt: skip
-            where = f"{options.output.rstrip('/')}/{_slug(one.name)}"
-            say.line("method", f"{one.name} -> {where}")
-            with folder.opened(
-                where, config_of_run, process=process, processes=processes,
-                overwrite=options.overwrite, take_over=options.take_over,
-            ) as output:  # fmt: skip
-                summary = run(
-                    samples, engine, output, score=lambda sample, answer: suite_of[sample.task].score(sample, answer),
+        for together in _shared(runs, config.num_layers, bool(grid and grid.get("share_prefill"))):
+            for one in together:
+                say.line("method", f"{one.name} -> {_folder(options, one)}")
+            with ExitStack() as stack:
+                outputs = [stack.enter_context(opened(one, len(together) > 1)) for one in together]
+                engines = tuple(map(engine, together))
+                company = OnePass(engines) if len(engines) > 1 else Alone(engines[0])
+                summaries = run_together(
+                    samples, company, outputs, score=lambda sample, answer: suite_of[sample.task].score(sample, answer),
                     batch_tokens=options.batch_tokens, max_rows=options.max_rows, save_prompts=options.save_prompts,
                     stop=stop, report=None if options.quiet else lambda line: say.line("", line),
                 )  # fmt: skip
-            if summary.failed:
-                say.line("failed", f"{summary.failed} of {summary.samples} samples have an error in their record")
+            for one, summary in zip(together, summaries, strict=True):
+                if summary.failed:
+                    told = f"{summary.failed} of {summary.samples} samples have an error in their record"
+                    say.line("failed", f"{one.name}: {told}")
     if process == 0:
         _report(options, runs, built)
     return common.OK
+
+
+def _shared(runs: Sequence[Run], num_layers: int, share: bool) -> list[list[Run]]:
+    """The runs, those together that one prefill can serve."""
+    from fastkv_jax.evals.one_pass import in_one_pass
+
+    alone: list[list[Run]] = []
+    shared: dict[bool, list[Run]] = {}  # by where the window ends
+    for one in runs:
+        if share and in_one_pass(one.method, num_layers):
+            shared.setdefault(one.window_at_question, []).append(one)
+        else:
+            alone.append([one])
+    return [*shared.values(), *alone]
+
+
+def _folder(options: argparse.Namespace, one: Run) -> str:
+    return f"{options.output.rstrip('/')}/{_slug(one.name)}"
 
 
 def _protocol(suites) -> Any:
@@ -267,10 +299,9 @@ def _report(options: argparse.Namespace, runs: list[Run], built) -> None:
 
     from etils import epath
 
-    from fastkv_jax.evals import averages, heat_map, tables
+    from fastkv_jax.evals import heat_map, tables
 
     out = epath.Path(options.output)
-    groups = {name: tasks for suite in built for name, tasks in suite.groups.items()}
     done = []
     for one in runs:
         results = out / _slug(one.name) / "results.jsonl"
@@ -282,9 +313,16 @@ def _report(options: argparse.Namespace, runs: list[Run], built) -> None:
         cells = [record for record in records if record["task"] == "needle"]
         if cells and not str(out).startswith("gs:"):
             heat_map.heat_map(cells, Path(out) / f"needle-{_slug(one.name)}.png")
-    rows = tables.rows_of(
-        done, averages=lambda means: averages.of_means(means, groups or None), interval=averages.interval
-    )
+    rows = tables.rows_of(done, lambda records: _averages(records, built))
     for name, form in TABLES:
         (out / name).write_text(getattr(tables, form)(rows))
     print(tables.as_text(rows))
+
+
+def _averages(records, built) -> dict[str, Any]:
+    """Each suite's, of its own records."""
+    found: dict[str, Any] = {}
+    for suite in built:
+        mine = [record for record in records if record["task"] in suite.metrics]
+        found |= suite.averages(mine) if mine else {}
+    return found

@@ -5,7 +5,8 @@ samples.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,8 @@ RESAMPLES = 2_000
 Rows = Iterable[Mapping[str, Any]]
 
 
-class Average(NamedTuple):
+@dataclass(frozen=True)
+class Average:
     """A mean times 100, its bootstrap 95 % interval over samples, and the samples it is made of."""
 
     mean: float
@@ -46,34 +48,18 @@ def of_groups(rows: Rows, groups: Mapping[str, Sequence[str]], seed: int = 0) ->
     return _mean([[scores[task] for task in tasks] for tasks in groups.values()], seed)
 
 
-def of_means(means: Mapping[str, float], groups: Mapping[str, Sequence[str]] | None = None) -> dict[str, float]:
-    """From tasks' means, in their unit: "tasks", the mean of them; of each group that is whole its mean; and of all
-    groups, if they are whole, "groups". Empty without tasks.
-    """
-    if not means:
-        return {}
-    found = {
-        name: sum(means[task] for task in tasks) / len(tasks)
-        for name, tasks in (groups or {}).items()
-        if all(task in means for task in tasks)
-    }
-    if groups and len(found) == len(groups):
-        found["groups"] = sum(found.values()) / len(groups)
-    return {**found, "tasks": sum(means.values()) / len(means)}
-
-
-def interval(scores: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """The ends of the 95 % interval of the scores' mean, in their unit."""
-    found = _mean([[np.asarray(scores, float)]], seed)
-    return found.low / 100, found.high / 100
-
-
-def split(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
-    """The rows of each `group`: a length, a bucket of LongBench-E, a cell of the needle grid."""
+def by_length(rows: Rows, name: str) -> dict[str, Average]:
+    """The mean of the tasks' means for each length, which is what a row's `group` begins with; `name` heads them."""
     parts: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        parts.setdefault(str(row["group"]), []).append(row)
-    return parts
+        parts.setdefault(str(row["group"]).partition("/")[0], []).append(row)
+    return {f"{name} {length}": of_tasks(part) for length, part in parts.items()}
+
+
+def likelihood(rows: Rows, seed: int = 0) -> Average:
+    """Of the rows' `nll`, in nats per token, not times 100."""
+    found = _mean([[np.array([float(row["nll"]) for row in rows])]], seed)
+    return Average(found.mean / 100, found.low / 100, found.high / 100, found.samples)
 
 
 def _scores(rows: Rows) -> dict[str, np.ndarray]:

@@ -3,11 +3,12 @@
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastkv_jax.errors import FastKVConfigError
 from fastkv_jax.evals import longbench, needle_grid, ruler, ruler_generator, scorers
+from fastkv_jax.evals.averages import Average, Rows, by_group, by_length, of_groups, of_tasks
 from fastkv_jax.evals.haystack import words
 from fastkv_jax.evals.protocols import PROTOCOLS
 from fastkv_jax.evals.sample import Sample
@@ -37,7 +38,7 @@ class Suite:
     samples: tuple[Sample, ...]
     metrics: Mapping[str, str]  # of each task
     first_line: frozenset[str] = frozenset()  # tasks whose answer is its first line
-    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of tasks
+    averages: Callable[[Rows], dict[str, Average]] = lambda rows: {}  # of its own records that have scores
 
     def score(self, sample: Sample, answer: Mapping[str, Any]) -> scorers.Scored | None:
         """What the task's metric says; None for a text whose likelihood was measured."""
@@ -103,7 +104,8 @@ def _ruler(s: SuiteSettings, count: Count, template_tokens: int) -> Suite:
                 task, length, s.samples or 10, count, seed=s.seed, essays=s.texts, template_tokens=template_tokens
             )
             samples += ruler.from_rows(rows, task, str(length))
-    return Suite(_named(samples), {task: ruler.task(task).metric for task in tasks})
+    metrics = {task: ruler.task(task).metric for task in tasks}
+    return Suite(_named(samples), metrics, averages=lambda rows: by_length(rows, "RULER"))
 
 
 def _longbench(s: SuiteSettings, count: Count, template_tokens: int) -> Suite:
@@ -112,7 +114,16 @@ def _longbench(s: SuiteSettings, count: Count, template_tokens: int) -> Suite:
     protocol = PROTOCOLS[s.protocol or "upstream"]
     samples = [sample for task in tasks for sample in longbench.read(s.data, task, protocol)[: s.samples]]
     first = frozenset(task for task in tasks if longbench.TASKS[task].first_line)
-    return Suite(tuple(samples), {task: longbench.TASKS[task].metric for task in tasks}, first, longbench.GROUPS)
+    return Suite(tuple(samples), {task: longbench.TASKS[task].metric for task in tasks}, first, _longbench_averages)
+
+
+def _longbench_averages(rows: Rows) -> dict[str, Average]:
+    """Of groups of tasks and, as FastKV's paper has it, of these; of the tasks there are, if not all are there."""
+    there = {row["task"] for row in rows}
+    if there < set(longbench.TASKS):
+        return {"LongBench, some tasks": of_tasks(rows)}
+    groups = longbench.GROUPS
+    return {**by_group(rows, groups), "LongBench": of_groups(rows, groups), "LongBench, by task": of_tasks(rows)}
 
 
 def _needle(s: SuiteSettings, count: Count, template_tokens: int) -> Suite:
@@ -120,7 +131,8 @@ def _needle(s: SuiteSettings, count: Count, template_tokens: int) -> Suite:
     samples = needle_grid.samples(
         s.lengths, depths, count, seed=s.seed, folder=s.texts, template_tokens=template_tokens
     )
-    return Suite(tuple(samples), {"needle": needle_grid.Needle().metric})
+    metrics = {"needle": needle_grid.Needle().metric}
+    return Suite(tuple(samples), metrics, averages=lambda rows: by_length(rows, "needle"))
 
 
 def _perplexity(s: SuiteSettings, count: Count, template_tokens: int) -> Suite:

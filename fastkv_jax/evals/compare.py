@@ -7,26 +7,20 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from fastkv_jax import rope
-from fastkv_jax.attention import attention
-from fastkv_jax.buckets import TILE, pad_batch
+from fastkv_jax.buckets import pad_batch
 from fastkv_jax.cache import KVCache
 from fastkv_jax.costs import prefill_flops
 from fastkv_jax.evals.memory_maps import forget_programs_if_many
-from fastkv_jax.inference import check_prompt, platform_of, prefill
-from fastkv_jax.methods import ASL, METHODS, AdaKV, CriticalKV, FullKV, Layer, Method
-from fastkv_jax.methods.plan import static_plan
+from fastkv_jax.evals.one_pass import in_one_pass, prefill_all
+from fastkv_jax.inference import prefill
+from fastkv_jax.methods import ASL, METHODS, FullKV, Method
 from fastkv_jax.model import Llama
 from fastkv_jax.scoring import next_token_scores
-from fastkv_jax.stages import Shape, Static, enter, enter_budgets, keep
 
 SETTINGS = {"window_size": 16, "kernel_size": 21}  # of the methods that have them
 
@@ -143,12 +137,13 @@ def _caches(
     by_method: dict[Method, list[Row]] = defaultdict(list)
     for row in rows:
         by_method[row.method].append(row)
-    together = [method for method in by_method if _one_pass(method, layers)]
-    found = dict(zip(together, read_all(model, tokens, start, together, window_end), strict=True))
+    together = [method for method in by_method if in_one_pass(method, layers)]
+    options: dict[str, Any] = {"max_new_tokens": 0, "window_end": window_end}
+    read = prefill_all(model, tokens, start, methods=together, **options) if together else []
+    found = dict(zip(together, read, strict=True))
     for method, mine in by_method.items():
-        cache = found.pop(method, None)
-        if cache is None:
-            cache = prefill(model, tokens, start, method=method, max_new_tokens=0, window_end=window_end).cache
+        alone = method not in found
+        cache = (prefill(model, tokens, start, method=method, **options) if alone else found.pop(method)).cache
         for row in mine:
             yield row, cache if row.kv_dtype is None else _in_8_bits(cache, row.kv_dtype)
 
@@ -156,63 +151,3 @@ def _caches(
 def _in_8_bits(cache: KVCache, dtype: str) -> KVCache:
     """What prefill with this `kv_dtype` leaves: entries become small when all has been computed."""
     return dataclasses.replace(cache, segments=tuple(s.quantized(dtype) for s in cache.segments))
-
-
-def _one_pass(method: Method, num_layers: int) -> bool:
-    """Whether every token goes through every layer."""
-    n = np.array([1 << 20])
-    return not isinstance(method, ASL) and all(run.tokens >= n for run in method.plan(n, num_layers))
-
-
-# ------------------------------------------------------------------------------------------------- one pass for all
-
-
-def read_all(model: Llama, tokens: Any, start: Any, methods: Sequence[Method], window_end: int = 0) -> list[KVCache]:
-    """What each of the methods, which only compress, would keep of a prompt: the same as `prefill` of each."""
-    prompt = check_prompt(model, tokens, start, window_end, FullKV(), 0)
-    c, columns = model.config, prompt.tokens.shape[1]
-    shapes, tables = [], []
-    for method in methods:
-        stages = static_plan(method, c.num_layers, c.num_kv_heads, columns, window_end, TILE)
-        slots = max(stage.capacity for stage in stages)
-        compresses = any(stage.compresses for stage in stages)
-        shapes.append(Shape(columns, slots if compresses else None, False, stages[0].shared, False))
-        per_layer = [np.broadcast_to(s.kept, (s.stop - s.first, columns + 1)) for s in stages]
-        tables.append(np.concatenate(per_layer)[:, columns - np.asarray(prompt.start)].astype(np.int32))
-    static = Static(FullKV(), 0, window_end, platform_of(model))
-    entries = _read_all(model, prompt, tuple(tables), methods=tuple(methods), shapes=tuple(shapes), static=static)
-    position = jnp.asarray(columns - prompt.start)
-    return [KVCache.empty_after((one,), position, 0, c.num_kv_heads, model.norm[...].dtype) for one in entries]
-
-
-@partial(jax.jit, static_argnames=("methods", "shapes", "static"))
-def _read_all(model: Llama, prompt, tables, *, methods, shapes, static: Static):
-    at = enter(model, prompt, None, static=static)
-    c, rows = model.config, at.rows
-    cos, sin = rope.angles(c.rope, c.head_dim, jnp.maximum(rows.positions, 0))
-    frequencies = jnp.asarray(rope.frequencies(c.rope, c.head_dim))
-    budgets = [enter_budgets(model, prompt, static=static._replace(method=method)) for method in methods]
-
-    def layer(x, inputs):
-        index, kept = inputs
-        block = model.layer(index)
-        q, k, v = block.qkv(x, cos, sin)
-        x = block.output(x, attention(q, k, v, rows.start, platform=static.platform, mesh=model.mesh))
-        entries, known = [], {}
-        for method, shape, mine, own in zip(methods, shapes, kept, budgets, strict=True):
-            count = jnp.minimum(own.n, jnp.maximum(mine, own.protected))
-            there = rows._replace(window=own.window)
-            seen = Layer(q, k, v, *there, kept=count, frequencies=frequencies, wo=block.wo[...])
-            key = method if isinstance(method, AdaKV | CriticalKV) else _any_budget(method)  # those look at the budget
-            if key not in known:
-                known[key] = seen.protect(method.scores(seen).kv)
-            entries.append(keep(seen, known[key], shape))
-        return x, tuple(entries)
-
-    return lax.scan(layer, at.x, (jnp.arange(c.num_layers), tables))[1]
-
-
-def _any_budget(method: Method) -> Method:
-    given: Any = method
-    budget = {"retention_rate": 0.5, "capacity": None} if hasattr(method, "retention_rate") else {}
-    return dataclasses.replace(given, **budget)

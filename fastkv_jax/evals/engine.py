@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -18,6 +19,7 @@ from fastkv_jax.costs import prefill_flops
 from fastkv_jax.errors import InputError
 from fastkv_jax.evals import prompts
 from fastkv_jax.evals.memory_maps import forget_programs_if_many
+from fastkv_jax.evals.one_pass import prefill_all
 from fastkv_jax.evals.protocols import Protocol
 from fastkv_jax.evals.sample import Encoded, Sample
 from fastkv_jax.methods import ASL, FullKV, Method
@@ -65,46 +67,42 @@ class ModelEngine:
         forget_programs_if_many()
         mesh = self.model.mesh
         spare = -len(batch) % (1 if mesh is None else mesh.shape.get(DATA, 1))  # every device needs rows
-        try:
+        with _memory_errors():
             return self._answer([*batch, *[batch[-1]] * spare])[: len(batch)]
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" in str(error):
-                raise MemoryError(str(error).splitlines()[0]) from error
-            raise
 
     def _answer(self, batch: Sequence[Encoded]) -> list[dict[str, Any]]:
         before = _compilations()
         new = max(prompt.sample.max_new_tokens for prompt in batch)
-        self._warm_up(batch, new)
+        shape = (len(batch), bucket_for(max(len(prompt.tokens) for prompt in batch)), new)
+        if shape not in self.seen:
+            self._read(batch, new, compile_only=True)
+            self.seen.add(shape)
         began = time.perf_counter()
         result = jax.block_until_ready(self._read(batch, new))
+        return self._go_on(result, batch, new, before, time.perf_counter() - began)
+
+    def _go_on(
+        self, result: inference.Prefill, batch: Sequence[Encoded], new: int, before: int, prefill_s: float | None
+    ) -> list[dict[str, Any]]:
+        """The answers after a prefill of so many seconds, None if they are nobody's alone."""
         kept = result.cache.entry_bytes()
         if new:
-            ids, first_s, token_s = self._decode(result, batch, new, began)
+            ids, times = self._decode(result, batch, new, prefill_s)
             rows = [self._words(prompt.sample, row) for prompt, row in zip(batch, ids, strict=True)]
-            times: dict[str, Any] = {"ttft_s": first_s, "token_s": token_s}
         else:
-            rows, times = self._likelihoods(result.cache, batch), {"ttft_s": time.perf_counter() - began}
+            rows = self._likelihoods(result.cache, batch)
+            times = {} if prefill_s is None else {"ttft_s": prefill_s}
         costs = [self._costs(len(prompt.tokens), int(bytes)) for prompt, bytes in zip(batch, kept, strict=True)]
         more = {**times, "rows": len(batch), "compiled": _compilations() - before}
         return [{**row, **cost, **more} for row, cost in zip(rows, costs, strict=True)]
 
-    def _warm_up(self, batch: Sequence[Encoded], new: int) -> None:
-        """Run a batch of a new shape once before it is timed: compilation is no part of an answer's time."""
-        shape = (len(batch), bucket_for(max(len(prompt.tokens) for prompt in batch)), new)
-        if shape not in self.seen:
-            result = self._read(batch, new)
-            if new:
-                generation.compile_decode(self.model, result, kernels=self.kernels, stop_tokens=self._ends())
-            jax.block_until_ready(result.logits)
-            self.seen.add(shape)
-
-    def _read(self, batch: Sequence[Encoded], new: int) -> inference.Prefill:
+    def _read(self, batch: Sequence[Encoded], new: int, compile_only: bool = False) -> Any:
+        """The prefill, or what it will run compiled, so that no answer's time holds it."""
         options: dict[str, Any] = {"kernels": self.kernels, "kv_dtype": self.kv_dtype}
         if self.query_aware or not new:
-            tokens, start = pad_batch([prompt.tokens for prompt in batch])
-            ends = np.array([prompt.window_end * self.window_at_question for prompt in batch], np.int32)
-            return inference.prefill(
+            tokens, start, ends = self._batched(batch)
+            program = inference.compile_prefill if compile_only else inference.prefill
+            return program(
                 self.model, tokens, start, method=self.method, max_new_tokens=new, window_end=ends, **options
             )
         parts = [self._split(prompt) for prompt in batch]
@@ -114,6 +112,11 @@ class ModelEngine:
         return inference.prefill(
             self.model, tokens, start, method=FullKV(), max_new_tokens=new, cache=read.cache, **options
         )
+
+    def _batched(self, batch: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, start and window_end, as prefill takes them."""
+        tokens, start = pad_batch([prompt.tokens for prompt in batch])
+        return tokens, start, np.array([prompt.window_end * self.window_at_question for prompt in batch], np.int32)
 
     def _split(self, prompt: Encoded) -> tuple[list[int], list[int]]:
         """Context and question; the template behind the question goes with it."""
@@ -125,18 +128,20 @@ class ModelEngine:
             raise InputError(f"{sample.task} {sample.id}: no context before the question")
         return prompt.tokens[:at], prompt.tokens[at:]
 
-    def _decode(self, result, batch: Sequence[Encoded], new: int, began: float) -> tuple[np.ndarray, float, float]:
-        """(token ids [B, made], seconds to the first token, seconds of each later one)."""
+    def _decode(
+        self, result, batch: Sequence[Encoded], new: int, prefill_s: float | None
+    ) -> tuple[np.ndarray, dict[str, float]]:
+        """Token ids [B, made], and seconds to the first token, if the prefill's are known, and of each later one."""
         stops = [text.StopMatcher(prompt.sample.stop) for prompt in batch]
         streams = [text.TextStream(self.tokenizer) for _ in batch]
         ended = np.zeros(len(batch), bool)
-        made, first_s, first_at = [], 0.0, 0.0
         result = self._with_a_first_token(result, batch)
-        options: dict[str, Any] = {"max_new_tokens": new, "kernels": self.kernels, "stop_tokens": self._ends()}
-        for chunk, done in generation.decode_chunks(self.model, result, **options):
+        options: dict[str, Any] = {"kernels": self.kernels, "stop_tokens": self._ends()}
+        generation.compile_decode(self.model, result, **options)
+        made, began, first_at = [], time.perf_counter(), 0.0
+        for chunk, done in generation.decode_chunks(self.model, result, max_new_tokens=new, **options):
             if not made:
                 first_at = time.perf_counter()
-                first_s = first_at - began
             made.append(chunk)
             total = sum(part.shape[1] for part in made)
             for b, prompt in enumerate(batch):
@@ -146,7 +151,8 @@ class ModelEngine:
                 break
         ids = np.concatenate(made, axis=1)
         later = ids.shape[1] - 1
-        return ids, first_s, (time.perf_counter() - first_at) / later if later else 0.0
+        times = {"token_s": (time.perf_counter() - first_at) / later if later else 0.0}
+        return ids, times if prefill_s is None else {"ttft_s": prefill_s + first_at - began, **times}
 
     def _ends(self) -> tuple[int, ...]:
         """The tokens that end an answer."""
@@ -193,6 +199,47 @@ class ModelEngine:
         if not isinstance(self.method, ASL):  # each prompt chooses its layer
             costs["prefill_flops"] = prefill_flops(c, self.method, n) / prefill_flops(c, FullKV(), n)
         return costs
+
+
+@dataclass(frozen=True)
+class OnePass:
+    """Engines that differ in their methods alone, which let every token through every layer: one prefill serves all.
+
+    Its seconds are nobody's: their answers have no ttft_s.
+    """
+
+    engines: tuple[ModelEngine, ...]
+
+    def encode(self, sample: Sample) -> Encoded:
+        """The sample's prompt, as `ModelEngine.encode`."""
+        return self.engines[0].encode(sample)
+
+    def answer_all(self, batch: Sequence[Encoded]) -> list[list[dict[str, Any]]]:
+        """Each engine's answers; raises `MemoryError` if the caches of all do not fit on the device."""
+        forget_programs_if_many()
+        one, before = self.engines[0], _compilations()
+        new = max(prompt.sample.max_new_tokens for prompt in batch)
+        tokens, start, ends = one._batched(batch)
+        methods = [engine.method for engine in self.engines]
+        with _memory_errors():
+            read = prefill_all(one.model, tokens, start, methods=methods, max_new_tokens=new, window_end=ends)
+            answers = []
+            for engine in self.engines:
+                result = read.pop(0)  # and forgotten once it has answered
+                answers.append(engine._go_on(result, batch, new, before, None))
+                before = _compilations()
+            return answers
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """What the device says of its memory, as `MemoryError`."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise MemoryError(str(error).splitlines()[0]) from error
+        raise
 
 
 @cache

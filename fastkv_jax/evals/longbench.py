@@ -50,18 +50,15 @@ TASKS: Mapping[str, Task] = {name: Task(name, **settings) for name, settings in 
 GROUPS: Mapping[str, tuple[str, ...]] = {name: tuple(tasks) for name, tasks in _SUITE["groups"].items()}
 
 
-def read(
-    folder: str | os.PathLike[str], task: str, protocol: Protocol = UPSTREAM, *, extended: bool = False
-) -> list[Sample]:
-    """The samples of <folder>/<task>.jsonl, or with `extended` of LongBench-E's <task>_e.jsonl, in the file's order.
+def read(folder: str | os.PathLike[str], task: str, protocol: Protocol = UPSTREAM) -> list[Sample]:
+    """The samples of <folder>/<task>.jsonl, in the file's order; the folder may be on gs:// if gcsfs is installed.
 
-    The folder may be on gs:// if gcsfs is installed. `group` is LongBench-E's bucket of the field `length`, which are
-    words, or "" without `extended`. Raises `InputError` with file, line and field.
+    Raises `InputError` with file, line and field.
     """
     if task not in TASKS:
         raise InputError(f"LongBench task must be one of {', '.join(TASKS)}, got {task!r}")
     known = TASKS[task]
-    path = epath.Path(folder) / f"{task}{'_e' if extended else ''}.jsonl"
+    path = epath.Path(folder) / f"{task}.jsonl"
     samples, seen = [], set()
     for line, row in json_lines.read(path, _FIELDS):
         id = str(row["_id"])
@@ -81,12 +78,6 @@ def read(
                 chat=known.chat,
                 stop=protocol.stop(task),
                 classes=tuple(row["all_classes"] or ()),
-                group=bucket(row["length"]) if extended else "",
             )
         )
     return samples
-
-
-def bucket(length: int) -> str:
-    """LongBench-E's bucket of a length."""
-    return "0-4k" if length < 4_000 else "4-8k" if length < 8_000 else "8k+"

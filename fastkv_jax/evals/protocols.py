@@ -46,29 +46,6 @@ FASTKV = Protocol(
 )  # with float16 weights
 PROTOCOLS = {protocol.name: protocol for protocol in (UPSTREAM, FASTKV)}
 
-_FASTKV_LIMITS = {  # a part of the model's lower-case path: tokens; the last that fits counts
-    "llama2": 3_950,
-    "llama-2": 3_950,
-    "llama3": 7_950,
-    "llama-3": 7_950,  # Llama-3.2 too
-    "mistral": 127_500,
-    "ministral": 127_500,
-    "llama-3.1": 127_500,
-}
-
-
-def fastkv_limit(model: str, method: str) -> int:
-    """The prompt's tokens that FastKV's runners truncate to, by the model's path or Hub id and the method.
-
-    Raises `InputError` for a model they do not know. Upstream has a limit of each of its own models only.
-    """
-    if method in ("h2o", "pyramidinfer"):
-        return 7_950
-    found = [limit for part, limit in _FASTKV_LIMITS.items() if part in model.lower()]
-    if not found:
-        raise InputError(f"protocol fastkv knows no limit of {model!r}; there are: {', '.join(_FASTKV_LIMITS)}")
-    return found[-1]
-
 
 def truncate(tokens: Sequence[int], limit: int) -> list[int]:
     """The first and the last `limit // 2` tokens if there are more than `limit`; an odd limit leaves one unused.

@@ -1,6 +1,5 @@
 """RULER's 13 synthetic tasks, from JSON lines of NVIDIA's form, as NVIDIA's generator, FastKV and ours write them."""
 
-import dataclasses
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -15,7 +14,6 @@ from fastkv_jax.evals.sample import Sample
 from fastkv_jax.evals.scorers import Scored, score
 
 _FIELDS = {"index": "a whole number", "input": "text", "outputs": "a list of texts, not empty"}
-_FASTKV_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,6 @@ def _tasks() -> dict[str, Task]:
 
 TASKS: Mapping[str, Task] = _tasks()
 PAPER = tuple(name for name, task in TASKS.items() if task.kind != "qa")  # FastKV's 11
-SUBSETS: Mapping[str, tuple[str, ...]] = {"all": tuple(TASKS), "paper": PAPER}
 
 
 def task(name: str) -> Task:
@@ -105,13 +102,6 @@ def read(path: str | os.PathLike[str], name: str, group: str = "") -> list[Sampl
 def from_rows(rows: Iterable[Mapping[str, Any]], name: str, group: str = "") -> list[Sample]:
     """The samples of rows that are not in a file."""
     return [_sample(f"row {i}", i, row, task(name), group) for i, row in enumerate(rows)]
-
-
-def as_fastkv(sample: Sample) -> Sample:
-    """The sample as FastKV's reference code asks it: the answer's beginning within the user's turn, and 64 tokens."""
-    return dataclasses.replace(
-        sample, question=sample.question + sample.prefill, prefill="", max_new_tokens=_FASTKV_NEW_TOKENS
-    )
 
 
 def _sample(where: str, i: int, row: Mapping[str, Any], task: Task, group: str) -> Sample:

@@ -18,7 +18,7 @@ from fastkv_jax.errors import FastKVConfigError, InputError
 from fastkv_jax.evals.folder import Output
 from fastkv_jax.evals.progress import progress
 from fastkv_jax.evals.records import Key, Record
-from fastkv_jax.evals.sample import Encoded, Engine, Sample
+from fastkv_jax.evals.sample import Company, Encoded, Engine, Sample
 from fastkv_jax.evals.scorers import Scored
 
 Score = Callable[[Sample, Mapping[str, Any]], Scored | None]  # of what the engine answered; None: nothing to score
@@ -42,9 +42,9 @@ class Job:
         return self.sample.task, self.sample.id
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(columns, new tokens): one program answers batches of one shape and one number of rows."""
-        return bucket_for(len(self.tokens)), self.sample.max_new_tokens
+    def shape(self) -> tuple[int, bool]:
+        """(columns, whether tokens are made): what rows of one batch have in common."""
+        return bucket_for(len(self.tokens)), self.sample.max_new_tokens > 0
 
     def encoded(self) -> Encoded:
         """For the engine."""
@@ -66,10 +66,30 @@ class Summary:
     missing: int  # of all processes; results.jsonl is there if none are
 
 
-def run(
+def run(samples: Sequence[Sample], engine: Engine, output: Output, **options: Any) -> Summary:
+    """One method's evaluation: `run_together` of one; options as there."""
+    return run_together(samples, Alone(engine), [output], **options)[0]
+
+
+@dataclass(frozen=True)
+class Alone:
+    """An engine as a company of one."""
+
+    engine: Engine
+
+    def encode(self, sample: Sample) -> Encoded:
+        """The engine's."""
+        return self.engine.encode(sample)
+
+    def answer_all(self, batch: Sequence[Encoded]) -> list[list[dict[str, Any]]]:
+        """The engine's, alone."""
+        return [self.engine.answer(batch)]
+
+
+def run_together(
     samples: Sequence[Sample],
-    engine: Engine,
-    output: Output,
+    company: Company,
+    outputs: Sequence[Output],
     *,
     score: Score,
     batch_tokens: int,
@@ -77,8 +97,10 @@ def run(
     save_prompts: bool = False,
     stop: Callable[[], None] = lambda: None,
     report: Callable[[str], object] | None = None,
-) -> Summary:
+) -> list[Summary]:
     """Answer this process's samples that have no record yet, and write results.jsonl if all processes' are there.
+
+    One output for each of the company's methods, all of the same process.
 
     A batch has at most `max_rows` rows and, padded, `batch_tokens` tokens of prompt, but at least one row. A batch the
     device has no memory for is halved; a single row becomes a record with "error". `stop` is called between batches
@@ -95,31 +117,40 @@ def run(
         if value < 1:
             raise FastKVConfigError(f"{name} must be >= 1, got {value}")
     keys = [(sample.task, sample.id) for sample in samples]
-    output.expect(keys)
-    jobs = encode_all(samples[output.process :: output.processes], engine, stop)
-    _check_prompts(jobs, output)
-    found = sum(job.key in output.done for job in jobs)
-    say = report or (lambda _: None)
-    for note in output.notes:
-        say(note)
-    if found:
-        say(f"{found} of {len(jobs)} samples were answered before")
+    for output in outputs:
+        output.expect(keys)
+    first, say = outputs[0], report or (lambda _: None)
+    jobs = encode_all(samples[first.process :: first.processes], company, stop)
+    found = [sum(job.key in output.done for job in jobs) for output in outputs]
+    for output, before in zip(outputs, found, strict=True):
+        _check_prompts(jobs, output)
+        for note in output.notes:
+            say(note)
+        if before:
+            say(f"{before} of {len(jobs)} samples were answered before")
 
     planned = plan(jobs, batch_tokens, max_rows)
-    waiting = [batch for batch in planned if any(job.key not in output.done for job in batch)]
+    waiting = [batch for batch in planned if any(job.key not in output.done for job in batch for output in outputs)]
     too_large: set[tuple[int, ...]] = set()
     with progress(sum(map(_tokens, waiting)), report) as advance:
         for batch in waiting:
             stop()
-            for job, answer in _answers(engine, batch, too_large):
-                if job.key not in output.done:
-                    output.add(record_of(job, answer, score, output, save_prompts))
+            for job, answers in _answers(company, batch, len(outputs), too_large):
+                for output, answer in zip(outputs, answers, strict=True):
+                    if job.key not in output.done:
+                        output.add(record_of(job, answer, score, output, save_prompts))
             advance(_tokens(batch))
+    return [_summary(jobs, keys, output, before) for output, before in zip(outputs, found, strict=True)]
+
+
+def _summary(jobs: Sequence[Job], keys: Sequence[Key], output: Output, found: int) -> Summary:
     failed = sum("error" in output.done[job.key] for job in jobs)
     return Summary(len(jobs), len(jobs) - found, found, failed, output.finish(keys))
 
 
-def encode_all(samples: Sequence[Sample], engine: Engine, stop: Callable[[], None] = lambda: None) -> list[Job]:
+def encode_all(
+    samples: Sequence[Sample], engine: Engine | Company, stop: Callable[[], None] = lambda: None
+) -> list[Job]:
     """Every sample's prompt; raises `InputError` naming those that cannot be encoded."""
     jobs: list[Job] = []
     problems: list[str] = []
@@ -139,9 +170,12 @@ def encode_all(samples: Sequence[Sample], engine: Engine, stop: Callable[[], Non
 
 
 def plan(jobs: Sequence[Job], batch_tokens: int, max_rows: int) -> list[list[Job]]:
-    """Batches of one shape each, the longest prompts first: what does not fit shows at once."""
-    shapes: dict[tuple[int, int], list[Job]] = defaultdict(list)
-    for job in sorted(jobs, key=lambda job: -len(job.tokens)):
+    """Batches of one shape each, the longest prompts first: what does not fit shows at once.
+
+    Within a shape the longest answers come first, so that few batches wait for one row's.
+    """
+    shapes: dict[tuple[int, bool], list[Job]] = defaultdict(list)
+    for job in sorted(jobs, key=lambda job: (-job.sample.max_new_tokens, -len(job.tokens))):
         shapes[job.shape].append(job)
     batches = []
     for (columns, _), mine in sorted(shapes.items(), reverse=True):
@@ -172,28 +206,35 @@ def record_of(job: Job, answer: Mapping[str, Any], score: Score, output: Output,
     return {**own, **answer, "score": float(scored.score), **problem}
 
 
-def _answers(engine: Engine, batch: list[Job], too_large: set[tuple[int, ...]]) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Each job's answer, from as few batches as the device has memory for."""
+def _answers(
+    company: Company, batch: list[Job], outputs: int, too_large: set[tuple[int, ...]]
+) -> Iterator[tuple[Job, list[dict[str, Any]]]]:
+    """Each job's answer for every output, from as few batches as the device has memory for."""
     size = (len(batch), *batch[0].shape)
-    answers = None if len(batch) > 1 and size in too_large else _answer_or_none(engine, batch)
+    answers = None if len(batch) > 1 and size in too_large else _answers_or_none(company, batch)
     if answers is not None:
-        yield from zip(batch, answers, strict=True)
+        for i, job in enumerate(batch):
+            yield job, [mine[i] for mine in answers]
     elif len(batch) == 1:
-        yield batch[0], {"error": OUT_OF_MEMORY}
+        yield batch[0], [{"error": OUT_OF_MEMORY}] * outputs
     else:
         too_large.add(size)
         half = (len(batch) + 1) // 2
-        yield from _answers(engine, batch[:half], too_large)
-        yield from _answers(engine, batch[half:], too_large)
+        yield from _answers(company, batch[:half], outputs, too_large)
+        yield from _answers(company, batch[half:], outputs, too_large)
 
 
-def _answer_or_none(engine: Engine, batch: list[Job]) -> list[dict[str, Any]] | None:
+def _answers_or_none(company: Company, batch: list[Job]) -> list[list[dict[str, Any]]] | None:
     """None: out of memory."""
     try:
-        return engine.answer([job.encoded() for job in batch])
+        answers = company.answer_all([job.encoded() for job in batch])
     except Exception as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
+    else:
+        if any(len(mine) != len(batch) for mine in answers):
+            raise ValueError(f"{[len(mine) for mine in answers]} answers to {len(batch)} questions")
+        return answers
     gc.collect()  # the error's traceback held the arrays of the batch that failed
     return None
 

@@ -44,3 +44,15 @@ class Engine(Protocol):
         Raises `MemoryError` if the device has no memory for them.
         """
         ...
+
+
+class Company(Protocol):
+    """Several engines that answer the same prompts, and share what they can."""
+
+    def encode(self, sample: Sample) -> Encoded:
+        """The sample's prompt, as each of them reads it."""
+        ...
+
+    def answer_all(self, batch: Sequence[Encoded]) -> list[list[dict[str, Any]]]:
+        """The answers of each engine, as `Engine.answer` gives them."""
+        ...

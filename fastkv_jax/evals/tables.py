@@ -3,13 +3,13 @@
 import csv
 import io
 import json
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-Interval = Callable[[Sequence[float]], tuple[float, float]]  # of the scores of a task: where their mean may lie
-Averages = Callable[[Mapping[str, float]], Mapping[str, float]]  # of the tasks' means, by name
+from fastkv_jax.evals.averages import Average, by_task, likelihood
+
+Averages = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Average]]  # of records with a score, by heading
 
 
 class Cost(NamedTuple):
@@ -24,7 +24,6 @@ class Cost(NamedTuple):
 COSTS = (
     Cost("prefill_flops", "prefill FLOPs %", 100, 1),  # a share of full context's
     Cost("kv_bytes", "KV bytes %", 100, 1),  # a share of full context's
-    Cost("nll", "nats/token", 1, 3),  # of a text that goes on after what was kept
     Cost("ttft_s", "TTFT s", 1, 3),  # seconds to the first token
     Cost("token_s", "ms/token", 1000, 1),  # seconds of each later one
 )
@@ -39,46 +38,28 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Mean:
-    """Of a task's scores, x100."""
-
-    mean: float
-    low: float | None  # ends of the interval, if there is one
-    high: float | None
-    samples: int
-
-
-@dataclass(frozen=True)
 class Row:
     """A run's means. Samples that failed or have no score are in none of them."""
 
     name: str
-    tasks: dict[str, Mean]
-    averages: dict[str, float]  # x100
+    tasks: dict[str, Average]
+    averages: dict[str, Average]
+    nats: Average | None  # per token, of texts that go on after what was kept
     costs: dict[str, float]  # by the records' field, in its unit
     compiled: int | None  # programs
     samples: int
     failed: int
 
 
-def rows_of(
-    runs: Sequence[Run],
-    *,
-    averages: Averages = lambda means: {},
-    interval: Interval | None = None,
-    task_of: Callable[[Mapping[str, Any]], str] = lambda record: record["task"],
-) -> list[Row]:
-    """A row for each run. `averages` sees means x100; `task_of` names the column a record counts for."""
-    return [_row(run, averages, interval, task_of) for run in runs]
+def rows_of(runs: Sequence[Run], averages: Averages = lambda records: {}) -> list[Row]:
+    """A row for each run."""
+    return [_row(run, averages) for run in runs]
 
 
-def _row(run: Run, averages: Averages, interval: Interval | None, task_of: Callable[[Mapping[str, Any]], str]) -> Row:
-    scores: dict[str, list[float]] = defaultdict(list)
+def _row(run: Run, averages: Averages) -> Row:
     good = [record for record in run.records if "error" not in record]
-    for record in good:
-        if record.get("score") is not None:
-            scores[task_of(record)].append(record["score"])
-    tasks = {task: _mean(values, interval) for task, values in scores.items()}
+    read_on = [record for record in good if record.get("nll") is not None]
+    scored = [record for record in good if record.get("score") is not None]
     costs = {}
     for cost in COSTS:
         values = [record[cost.field] for record in good if record.get(cost.field) is not None]
@@ -88,8 +69,9 @@ def _row(run: Run, averages: Averages, interval: Interval | None, task_of: Calla
     compiled = [record["compiled"] / record.get("rows", 1) for record in good if "compiled" in record]
     return Row(
         run.name,
-        tasks,
-        dict(averages({task: mean.mean for task, mean in tasks.items()})),
+        by_task(scored) if scored else {},
+        dict(averages(scored)) if scored else {},
+        likelihood(read_on) if read_on else None,
         costs,
         round(sum(compiled)) if compiled else None,
         len(run.records),
@@ -97,22 +79,15 @@ def _row(run: Run, averages: Averages, interval: Interval | None, task_of: Calla
     )
 
 
-def _mean(scores: Sequence[float], interval: Interval | None) -> Mean:
-    low, high = interval(scores) if interval is not None else (None, None)
-    return Mean(
-        100 * sum(scores) / len(scores),
-        None if low is None else 100 * low,
-        None if high is None else 100 * high,
-        len(scores),
-    )
-
-
 # --------------------------------------------------------------------------------------------------------- as text
 
 
 def as_text(rows: Sequence[Row]) -> str:
-    """Aligned columns for a terminal."""
-    lines = _cells(rows)
+    """Aligned columns for a terminal: averages and costs, then the tasks."""
+    return "\n".join(map(_aligned, _parts(rows)))
+
+
+def _aligned(lines: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     sides = [str.ljust, *[str.rjust] * (len(widths) - 1)]
     return "".join(
@@ -122,29 +97,31 @@ def as_text(rows: Sequence[Row]) -> str:
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """A table in Markdown."""
-    head, *lines = [[cell.replace("|", "\\|") for cell in line] for line in _cells(rows)]
+    """Tables in Markdown: averages and costs, then the tasks."""
+    return "\n".join(map(_piped, _parts(rows)))
+
+
+def _piped(lines: list[list[str]]) -> str:
+    head, *rest = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     rule = [":--", *["--:"] * (len(head) - 1)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *rest))
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Numbers in full; the ends of a task's interval, if there is any, have columns of their own."""
-    tasks, averages = _names(rows)
-    ends = any(mean.low is not None for row in rows for mean in row.tasks.values())
+    """Numbers in full, one table; the ends of an interval have columns of their own."""
+    averages, tasks = _names(rows)
     head = ["name"]
-    for task in tasks:
-        head += [task, f"{task} low", f"{task} high"] if ends else [task]
+    for name in (*tasks, *averages):
+        head += [name, f"{name} low", f"{name} high"]
+    head += ["nll", "nll low", "nll high"]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*head, *averages, *(cost.field for cost in COSTS), "compiled", "samples", "failed"])
+    writer.writerow([*head, *(cost.field for cost in COSTS), "compiled", "samples", "failed"])
     for row in rows:
         cells: list[Any] = [row.name]
-        for task in tasks:
-            mean = row.tasks.get(task)
-            numbers = [None] * 3 if mean is None else [mean.mean, mean.low, mean.high]
-            cells += numbers if ends else numbers[:1]
-        cells += [row.averages.get(name) for name in averages] + [row.costs.get(cost.field) for cost in COSTS]
+        for mean in (*map(row.tasks.get, tasks), *map(row.averages.get, averages), row.nats):
+            cells += [None] * 3 if mean is None else [mean.mean, mean.low, mean.high]
+        cells += [row.costs.get(cost.field) for cost in COSTS]
         writer.writerow([*cells, row.compiled, row.samples, row.failed])
     return out.getvalue()
 
@@ -155,25 +132,27 @@ def as_json(rows: Sequence[Row]) -> str:
 
 
 def _names(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-    """Tasks and averages of any row, in the order they come."""
-    return list({task: 0 for row in rows for task in row.tasks}), list({n: 0 for row in rows for n in row.averages})
+    """Averages and tasks of any row, in the order they come."""
+    return list({name: 0 for row in rows for name in row.averages}), list({n: 0 for row in rows for n in row.tasks})
 
 
-def _cells(rows: Sequence[Row]) -> list[list[str]]:
-    """A heading and a line for each row; what a run lacks is empty."""
-    tasks, averages = _names(rows)
-    lines = [["run", *tasks, *averages, *(cost.heading for cost in COSTS), "compiled", "samples", "failed"]]
+def _parts(rows: Sequence[Row]) -> list[list[list[str]]]:
+    """Tables with a heading and a line for each row; what a run lacks is empty, what all lack is left out."""
+    averages, tasks = _names(rows)
+    costs = [cost for cost in COSTS if any(cost.field in row.costs for row in rows)]
+    nats = ["nats/token"] * any(row.nats is not None for row in rows)
+    whole = [["run", *averages, *nats, *(cost.heading for cost in costs), "compiled", "samples", "failed"]]
+    apart = [["run", *tasks]]
     for row in rows:
-        cells = [row.name, *(_show(row.tasks.get(task)) for task in tasks)]
-        cells += [f"{row.averages[name]:.1f}" if name in row.averages else "" for name in averages]
-        for cost in COSTS:
+        cells = [_show(row.averages.get(name)) for name in averages] + [_show(row.nats, 3)] * len(nats)
+        for cost in costs:
             value = row.costs.get(cost.field)
             cells.append("" if value is None else f"{value * cost.scale:.{cost.digits}f}")
-        lines.append([*cells, "" if row.compiled is None else str(row.compiled), str(row.samples), str(row.failed)])
-    return lines
+        compiled = "" if row.compiled is None else str(row.compiled)
+        whole.append([row.name, *cells, compiled, str(row.samples), str(row.failed)])
+        apart.append([row.name, *(_show(row.tasks.get(task)) for task in tasks)])
+    return [whole, apart] if tasks else [whole]
 
 
-def _show(mean: Mean | None) -> str:
-    if mean is None:
-        return ""
-    return f"{mean.mean:.1f}" + ("" if mean.low is None else f" [{mean.low:.1f}, {mean.high:.1f}]")
+def _show(mean: Average | None, digits: int = 1) -> str:
+    return "" if mean is None else f"{mean.mean:.{digits}f} [{mean.low:.{digits}f}, {mean.high:.{digits}f}]"

@@ -83,12 +83,6 @@ def test_a_sample_that_stands_twice_has_two_ids(tmp_path):
     assert [s.id for s in longbench.read(write(tmp_path, ROW, ROW), "qasper")] == ["a1", "a1#2"]
 
 
-def test_the_extended_set_has_buckets_of_length(tmp_path):
-    rows = [{**ROW, "length": length, "_id": str(length)} for length in (0, 3999, 4000, 7999, 8000, 30000)]
-    samples = longbench.read(write(tmp_path, *rows, task="qasper_e"), "qasper", extended=True)
-    assert [sample.group for sample in samples] == ["0-4k", "0-4k", "4-8k", "4-8k", "8k+", "8k+"]
-
-
 # ---------------------------------------------------------------------------------------------------------- errors
 
 
@@ -172,28 +166,6 @@ def test_upstream_and_fastkv_differ_as_measured(tmp_path):
     folder = write(write(tmp_path, ROW, task="samsum"), ROW)
     assert [longbench.read(folder, "samsum", p)[0].stop for p in (UPSTREAM, FASTKV)] == [("\n",), ()]
     assert [longbench.read(folder, "qasper", p)[0].stop for p in (UPSTREAM, FASTKV)] == [(), ()]
-
-
-@pytest.mark.parametrize(
-    ("model", "method", "limit"),
-    [
-        ("meta-llama/Llama-3.1-8B-Instruct", "fastkv", 127_500),
-        ("meta-llama/Llama-3.2-1B-Instruct", "fastkv", 7_950),
-        ("meta-llama/Meta-Llama-3-8B", "snapkv", 7_950),
-        ("mistralai/Ministral-8B-Instruct-2410", "fastkv", 127_500),
-        ("mistralai/Mistral-Nemo-Instruct-2407", "fastkv", 127_500),
-        ("meta-llama/Llama-2-7b-chat-hf", "fastkv", 3_950),
-        ("meta-llama/Llama-3.1-8B-Instruct", "h2o", 7_950),
-        ("anything", "pyramidinfer", 7_950),
-    ],
-)
-def test_fastkv_s_limits(model: str, method: str, limit: int):
-    assert protocols.fastkv_limit(model, method) == limit
-
-
-def test_fastkv_knows_no_other_models():
-    with pytest.raises(InputError, match="protocol fastkv knows no limit of 'smollm2'; there are: llama2, "):
-        protocols.fastkv_limit("smollm2", "fastkv")
 
 
 @given(st.lists(st.integers(), max_size=40), st.integers(2, 50))

@@ -9,7 +9,7 @@ import pytest
 
 from fastkv_jax.errors import InputError
 from fastkv_jax.evals import ruler, suites
-from fastkv_jax.evals.ruler import PAPER, SUBSETS, TASKS
+from fastkv_jax.evals.ruler import PAPER, TASKS
 
 NIAH = (
     "A special magic number is hidden within the following text.\n"
@@ -77,7 +77,7 @@ def test_templates_are_the_original_s_byte_for_byte():
 
 
 def test_thirteen_tasks_of_which_eleven_are_the_paper_s():
-    assert len(TASKS) == len(SUBSETS["all"]) == 13 and SUBSETS["paper"] == PAPER
+    assert len(TASKS) == 13
     assert set(TASKS) - set(PAPER) == {"qa_1", "qa_2"}
     budgets = {task.kind: task.max_new_tokens for task in TASKS.values()}
     assert budgets == {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
@@ -120,13 +120,6 @@ def test_newlines_may_have_been_taken_out(tmp_path):
 
 def test_ids_do_not_follow_index_which_may_repeat():
     assert [s.id for s in ruler.from_rows([row("vt"), row("vt")], "vt")] == ["0", "1"]
-
-
-def test_fastkv_asks_with_the_prefix_in_the_question_and_64_tokens():
-    (sample,) = ruler.from_rows([row("cwe")], "cwe")
-    theirs = ruler.as_fastkv(sample)
-    assert theirs.context + theirs.question == "".join(ROWS["cwe"])
-    assert (theirs.prefill, theirs.max_new_tokens) == ("", 64)
 
 
 def test_files_are_found_where_nvidia_and_fastkv_put_them(tmp_path):

@@ -1,0 +1,37 @@
+"""One pass for many methods is the prefill of each."""
+
+import numpy as np
+
+import fastkv_jax as fk
+from examples import BUCKET, EXAMPLES, PROMPTS, model_a, ragged
+from fastkv_jax.evals.one_pass import in_one_pass, prefill_all
+
+DROP_TOKENS = ("fastkv", "gemfilter", "pyramidinfer", "claa", "asl")
+ALONE = [method for name, examples in EXAMPLES.items() for method in examples if name not in DROP_TOKENS]
+
+
+def test_one_pass_leaves_what_each_method_leaves():
+    together = prefill_all(model_a(), *fk.pad_batch(PROMPTS, BUCKET), methods=ALONE, max_new_tokens=3)
+    for method, mine in zip(ALONE, together, strict=True):
+        theirs = ragged(method)
+        np.testing.assert_allclose(mine.logits, theirs.logits, rtol=1e-5, atol=1e-5)
+        assert mine.cache.max_new_tokens == 3
+        for i in range(4):
+            one_layer, other_layer = (np.asarray(c.layer(i).positions) for c in (mine.cache, theirs.cache))
+            heads = (a.reshape(-1, a.shape[-1]) for a in (one_layer, other_layer))
+            for one, two in zip(*heads, strict=True):
+                assert one[one >= 0].tolist() == two[two >= 0].tolist()
+
+
+def test_rows_may_end_their_question_apart():
+    ends, method = np.array([0, 5, 3, 1, 0][: len(PROMPTS)] + [0] * (len(PROMPTS) - 5)), ALONE[-1]
+    tokens, start = fk.pad_batch(PROMPTS, BUCKET)
+    (mine,) = prefill_all(model_a(), tokens, start, methods=[method], max_new_tokens=0, window_end=ends)
+    theirs = fk.prefill(model_a(), tokens, start, method=method, max_new_tokens=0, window_end=ends)
+    for i in range(4):
+        np.testing.assert_array_equal(mine.cache.layer(i).positions, theirs.cache.layer(i).positions)
+
+
+def test_which_methods_let_every_token_through_every_layer():
+    assert not in_one_pass(fk.FastKV(tsp_layer=14), 30) and not in_one_pass(fk.CLAA(tsp_layer=28), 30)
+    assert in_one_pass(fk.AdaKV(), 30) and in_one_pass(fk.FullKV(), 30) and not in_one_pass(fk.ASL(), 30)
