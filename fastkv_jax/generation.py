@@ -174,6 +174,7 @@ def generate(
     platform: Platform | None = None,
     kernels: Kernels | None = None,
     kv_dtype: str | None = None,
+    prefill_chunk: int | None = None,
 ) -> Generated:
     """Prefill, then decode until every row met a stop token or `max_new_tokens` are made; arguments as in `prefill`.
 
@@ -182,6 +183,7 @@ def generate(
     """
     options: dict[str, Any] = {"method": method, "max_new_tokens": max_new_tokens, "window_end": window_end}
     options |= {"platform": platform, "kernels": kernels, "kv_dtype": kv_dtype}
+    options["prefill_chunk"] = prefill_chunk
     prompt = prefill(model, tokens, start, cache=cache, **options)
     batch = prompt.logits.shape[0]
     out = np.full((batch, max_new_tokens), model.config.pad_token or 0, np.int32)

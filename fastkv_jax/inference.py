@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from itertools import chain, repeat
 from typing import Any
 
@@ -15,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 from fastkv_jax import rope
 from fastkv_jax.adaptive import Adaptive, run_adaptive
 from fastkv_jax.attention import Platform
-from fastkv_jax.cache import KVCache
+from fastkv_jax.cache import KVCache, SegmentKV
+from fastkv_jax.chunks import Chunks, compile_chunks, prefill_in_chunks
 from fastkv_jax.errors import FastKVConfigError, InputError
 from fastkv_jax.inputs import Prompt, check_batch, static_tail
 from fastkv_jax.methods.base import Method
@@ -46,6 +48,7 @@ def prefill(
     platform: Platform | None = None,
     kernels: Kernels | None = None,
     kv_dtype: str | None = None,
+    prefill_chunk: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Prefill:
     """Read a batch of left-padded prompts: logits of their last tokens, and a cache of what the method keeps.
@@ -62,6 +65,8 @@ def prefill(
     platform        "cpu", "gpu" or "tpu"; None: where the weights are
     kernels         "tpu", "gpu", or "reference" for plain jax.numpy; None: the platform's own
     kv_dtype        "int8" or "float8_e4m3fn": keep the prompt's entries in 8 bits; None: in the model's dtype
+    prefill_chunk   read so many tokens at a time and evict in between, for prompts that do not fit at once; None: all.
+                    Another approximation than one pass, but for `FullKV`; see `chunks`
     progress        called with the number of layers done since the last call; the layers then run in several calls
 
     Compiles once per (method, T, B, max_new_tokens). NumPy arrays and lists are checked here (`InputError`,
@@ -71,6 +76,8 @@ def prefill(
     prompt = check_prompt(model, tokens, start, window_end, method, max_new_tokens, cache)
     static = _static(model, method, max_new_tokens, prompt, platform, kernels, kv_dtype)
     past = None if cache is None else cache.folded()
+    if prefill_chunk is not None:
+        return prefill_in_chunks(_chunks(model, prompt, static, prefill_chunk, cache), progress)
     if isinstance(method, Adaptive):
         if isinstance(prompt.tokens, Tracer):
             raise InputError(f"{type(method).__name__} decides on the host: it cannot run inside another jit")
@@ -92,12 +99,15 @@ def compile_prefill(
     platform: Platform | None = None,
     kernels: Kernels | None = None,
     kv_dtype: str | None = None,
+    prefill_chunk: int | None = None,
     progress: bool = False,
 ) -> None:
     """Compile what `prefill` with these arguments, with or without `progress`, will run, so that it starts at once."""
     prompt = check_prompt(model, tokens, start, window_end, method, max_new_tokens, cache)
     static = _static(model, method, max_new_tokens, prompt, platform, kernels, kv_dtype)
     past = None if cache is None else cache.folded()
+    if prefill_chunk is not None:
+        return compile_chunks(_chunks(model, prompt, static, prefill_chunk, cache))
 
     def every_program(prompt: Prompt, past: KVCache | None) -> Prefill:
         if not isinstance(method, Adaptive):
@@ -131,6 +141,22 @@ def check_prompt(
         if any(segment.renumbered for segment in plan):
             raise InputError(f"{type(method).__name__} numbers its rows anew; it cannot go on from a cache")
     return prompt
+
+
+def _chunks(model: Llama, prompt: Prompt, static: Static, size: int, cache: KVCache | None) -> Chunks:
+    name = type(static.method).__name__
+    if not isinstance(size, int) or size < 1:
+        raise InputError(f"prefill_chunk must be an integer >= 1, got {size!r}")
+    if isinstance(prompt.tokens, Tracer) or isinstance(prompt.start, Tracer):
+        raise InputError("prefill_chunk loops on the host: it cannot run inside another jit")
+    if cache is not None:
+        raise InputError("prefill_chunk reads prompts from their beginning; it cannot go on from a cache")
+    if isinstance(static.method, Adaptive):
+        raise InputError(f"{name} looks at whole prompts: it cannot read chunks")
+    runs = static.method.plan(np.arange(1, 2), model.config.num_layers)
+    if any(run.renumbered or (i and not run.first) for i, run in enumerate(runs)):
+        raise InputError(f"{name} reads the prompt twice: it cannot read chunks")
+    return Chunks(model, prompt, static, size)
 
 
 def _static(model, method, max_new_tokens, prompt: Prompt, platform, kernels, kv_dtype) -> Static:
@@ -191,25 +217,23 @@ def decode(
     x = model.embed(token[:, None])
     cos, sin = rope.angles(model.config.rope, model.config.head_dim, cache.position[:, None])
 
-    def layer(carry, inputs):
+    def layer(segment: SegmentKV, first: int, carry, index):
         x, k_new, v_new = carry
-        index, entries = inputs
         block = model.layer(index)
         q, k, v = block.qkv(x, cos, sin)
         k_new, v_new = (
             lax.dynamic_update_slice(buffer, a[None], (index, 0, 0, cache.used, 0))
             for buffer, a in ((k_new, k), (v_new, v))
         )
-        k_mine, v_mine = (lax.dynamic_index_in_dim(buffer, index, keepdims=False) for buffer in (k_new, v_new))
-        frozen = entries.k, entries.v, entries.positions
-        extras = entries.heads, entries.k_scale, entries.v_scale
-        out = ops.decode_attention(q[:, :, 0], *frozen, k_mine, v_mine, cache.filled + 1, *extras)
+        frozen = segment.k, segment.v, segment.positions
+        extras = segment.heads, segment.k_scale, segment.v_scale, (index - first, index)
+        out = ops.decode_attention(q[:, :, 0], *frozen, k_new, v_new, cache.filled + 1, *extras)
         return (block.output(x, out[:, :, None]), k_new, v_new), None
 
     ops = Ops(kernels, model.mesh)
     carry = x, cache.k_new, cache.v_new
     for segment, first, stop in zip(cache.segments, cache.edges, cache.edges[1:], strict=False):
-        carry, _ = lax.scan(layer, carry, (jnp.arange(first, stop), segment))
+        carry, _ = lax.scan(partial(layer, segment, first), carry, jnp.arange(first, stop))
     x, k_new, v_new = carry
     step = jnp.ones_like(cache.filled) if live is None else live.astype(jnp.int32)
     cache = dataclasses.replace(

@@ -83,9 +83,11 @@ class Block(nnx.Module):
         be spread over devices in `parts` equal pieces, each with blocks of its own.
         """
         if parts > 1:
-            batch, tokens, width = x.shape
-            mine = rearrange(attended, "b h (p t) d -> (b p) h t d", p=parts)
-            return self.output(x.reshape(batch * parts, tokens // parts, width), mine).reshape(x.shape)
+            mine = (
+                rearrange(x, "b (p t) e -> b p t e", p=parts),
+                rearrange(attended, "b h (p t) d -> b h p t d", p=parts),
+            )
+            return jax.vmap(self.output, in_axes=(1, 2), out_axes=1)(*mine).reshape(x.shape)
         bias = None if self.bo is None else self.bo[...]
 
         def of_rows(x, attended):

@@ -12,7 +12,7 @@ import kernels_pallas
 from fastkv_jax.sharding import DATA, MODEL, spec
 
 Kernels = Literal["reference", "tpu", "gpu"]
-HEADS, ROWS = (DATA, MODEL), (DATA,)  # what the first axes of an array are split over
+HEADS, ROWS, LAYERS = (DATA, MODEL), (DATA,), (None, DATA, MODEL)  # what the first axes of an array are split over
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,19 @@ class Ops:
         return self._by_head(run, (scores, count), (HEADS, HEADS), scores.shape[1])
 
     def decode_attention(
-        self, q, k_prompt, v_prompt, positions, k_new, v_new, filled, heads=None, k_scale=None, v_scale=None
+        self, q, k_prompt, v_prompt, positions, k_new, v_new, filled, heads, k_scale, v_scale, layer
     ) -> Float[Array, "B H D"]:
-        """See `kernels_pallas.decode_attention`."""
+        """See `kernels_pallas.decode_attention`; entries of all layers, and `layer` says which is meant."""
 
-        def run(q, k_prompt, v_prompt, positions, k_new, v_new, filled, heads, k_scale, v_scale):
+        def run(q, k_prompt, v_prompt, positions, k_new, v_new, filled, heads, k_scale, v_scale, *layer):
             return kernels_pallas.decode_attention(
                 q, k_prompt, v_prompt, positions, k_new, v_new, filled,
-                heads=heads, k_scale=k_scale, v_scale=v_scale, implementation=self.kernels,
+                heads=heads, k_scale=k_scale, v_scale=v_scale, layer=layer, implementation=self.kernels,
             )  # fmt: skip
 
-        given = (q, k_prompt, v_prompt, positions, k_new, v_new, filled, heads, k_scale, v_scale)
-        specs = (HEADS,) * 6 + (ROWS,) + (HEADS,) * 3
-        return self._by_head(run, given, specs, k_prompt.shape[1])
+        given = (q, k_prompt, v_prompt, positions, k_new, v_new, filled, heads, k_scale, v_scale, *layer)
+        specs = (HEADS,) + (LAYERS,) * 5 + (ROWS,) + (LAYERS,) * 3 + ((),) * 2
+        return self._by_head(run, given, specs, k_prompt.shape[2])
 
     def _by_head(self, run: Callable[..., Any], given: tuple[Any, ...], axes: tuple[Any, ...], heads: int) -> Any:
         """`run` on each device's rows and heads. Plain jax.numpy needs no help from us: XLA spreads it as it likes."""
@@ -71,7 +71,7 @@ class Ops:
         if mesh is None or self.kernels == "reference":
             return run(*given)
         if heads % mesh.shape.get(MODEL, 1):  # one row of scores, or one flat cache, for all heads: on every device
-            axes = (ROWS,) * len(axes)
+            axes = tuple(mine[:-1] if MODEL in mine else mine for mine in axes)
         specs = tuple(None if a is None else spec(mesh, a.shape, *mine) for a, mine in zip(given, axes, strict=True))
         return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*given)
 

@@ -48,6 +48,7 @@ class Static(NamedTuple):
     platform: Platform
     kernels: Kernels = "reference"
     kv_dtype: str | None = None  # of the prompt's entries: "int8" or "float8_e4m3fn"; None = the model's
+    extends: bool = True  # what earlier prompts have left is part of the cache, not only seen
 
 
 class Rows(NamedTuple):
@@ -235,7 +236,7 @@ def run_layers(
             entries = None if stage.capacity == 0 else keep(seen, seen.protect(scores.kv), stage)
             if entries is not None and static.kv_dtype is not None:
                 entries = entries.quantized(static.kv_dtype)
-        if past is not None and entries is not None:
+        if past is not None and entries is not None and static.extends:
             entries = past.extended(entries, c.num_kv_heads)
         return (x, token_scores), entries
 

@@ -33,6 +33,7 @@ def stream(
     platform: Platform | None = None,
     kernels: Kernels | None = None,
     kv_dtype: str | None = None,
+    prefill_chunk: int | None = None,
     tokenizer: Any = None,
 ) -> Iterator[Any]:
     """`generate`, piece by piece: text of one prompt with a tokenizer, else chunks of tokens [B, c] int32.
@@ -42,6 +43,7 @@ def stream(
     """
     options: dict[str, Any] = {"method": method, "max_new_tokens": max_new_tokens, "window_end": window_end}
     options |= {"platform": platform, "kernels": kernels, "kv_dtype": kv_dtype}
+    options["prefill_chunk"] = prefill_chunk
     prompt = prefill(model, tokens, start, cache=cache, **options)
     chunks = decode_chunks(
         model, prompt, max_new_tokens=max_new_tokens, sampler=sampler, stop_tokens=stop_tokens, key=key, kernels=kernels

@@ -1,16 +1,21 @@
 """Spread over devices by heads, by rows or by tokens, every method keeps the same entries and says the same."""
 
-from functools import cache
+import math
+import re
+from functools import cache, partial
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import fastkv_jax as fk
-from examples import BUCKET, EXAMPLES, MODEL_A, NEW, PROMPTS, filled_by_head, model_a
-from fastkv_jax.generation import Generated
+from examples import BUCKET, EXAMPLES, GOLDEN, MODEL_A, NEW, PROMPTS, arrays, filled_by_head, model_a
+from fastkv_jax.generation import Generated, compile_decode
 from fastkv_jax.methods.base import Method
 from fastkv_jax.model import Llama
+from fastkv_jax.sharding import split
 from tolerances import CACHE
 
 MESHES = {
@@ -31,11 +36,12 @@ METHODS = {name: examples[0] for name, examples in EXAMPLES.items()} | {
 
 @cache
 def spread_model(mesh: str) -> Llama:
-    axes = MESHES[mesh]
-    devices = jax.devices()[: np.prod(list(axes.values()))]
-    return fk.load_model(
-        MODEL_A, dtype="float32", mesh=jax.make_mesh(tuple(axes.values()), tuple(axes), devices=devices)
-    )
+    return spread(MODEL_A, MESHES[mesh])
+
+
+def spread(path: Path, axes: dict[str, int]) -> Llama:
+    devices = jax.devices()[: math.prod(axes.values())]
+    return fk.load_model(path, dtype="float32", mesh=jax.make_mesh(tuple(axes.values()), tuple(axes), devices=devices))
 
 
 def made(model: Llama, method: Method) -> Generated:
@@ -76,3 +82,71 @@ def test_work_that_cannot_be_shared_is_refused():
         fk.prefill(spread_model("data=8"), tokens, start, method=fk.FullKV(), max_new_tokens=1)
     with pytest.raises(fk.InputError, match="a batch of 7 columns cannot be split over the mesh axis 'sequence' of 4"):
         fk.prefill(spread_model("sequence=4"), tokens[:, -7:], method=fk.FullKV(), max_new_tokens=1)
+
+
+INSTRUCTION = re.compile(r"(%\S+) = (.+?) ([\w-]+)\((.*?)\)")  # name, shapes, operation, operands
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-", "ragged-all-to-all", "reduce-scatter")
+
+
+def sizes_sent(program: jax.stages.Compiled) -> set[int]:
+    """How many numbers are in the arrays that devices take from, or make for, each other."""
+    text = INSTRUCTION.findall(program.as_text())
+    sizes = {
+        name: {math.prod(map(int, filter(None, shape.split(",")))) for shape in re.findall(r"\[([\d,]*)\]", shapes)}
+        for name, shapes, _, _ in text
+    }
+    sent = [[name, *re.findall(r"%[\w.-]+", given)] for name, _, kind, given in text if kind.startswith(COLLECTIVES)]
+    return {size for names in sent for name in names for size in sizes[name]}
+
+
+def sizes_of_weights(model: Llama) -> set[int]:
+    """The same of every weight, and of one layer's part of it."""
+    return {a.size for a in jax.tree.leaves(model)} | {a[0].size for a in jax.tree.leaves(model.layers)}
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "model=2", "data=2, model=2, sequence=2"])
+def test_no_weight_is_sent_from_device_to_device(mesh: str):
+    model = spread_model(mesh)
+    tokens, start = fk.pad_batch(3 * ROWS, BUCKET)  # sizes of weights are powers of two, those of activations are not
+    prefill = jax.jit(partial(fk.prefill, method=METHODS["fastkv"], max_new_tokens=NEW))
+    read = prefill.lower(model, tokens, start).compile()
+    step = compile_decode(model, read(model, tokens, start))
+    assert not sizes_sent(read) & sizes_of_weights(model)
+    assert not sizes_sent(step) & sizes_of_weights(model)
+
+
+@pytest.mark.parametrize("name", ["wk", "wo", "w_down"])
+def test_a_weight_that_is_sent_would_be_seen(name: str):
+    model = spread_model("data=2, model=2, sequence=2")
+    stack, layer = getattr(model.layers, name), getattr(model.layer(jnp.int32(0)), name)
+    for weight in (stack, layer, model.embedding):
+        gathered = jax.jit(lambda a: split(a, model.mesh)).lower(weight[...]).compile()
+        assert weight[...].size in sizes_sent(gathered) & sizes_of_weights(model)
+
+
+@pytest.fixture(scope="module")
+def thirds(smollm2_path: Path) -> Llama:
+    """A trained model of nine query heads and three KV heads."""
+    return spread(smollm2_path, {"model": 3})
+
+
+def test_each_of_three_devices_holds_a_third_of_the_heads(thirds: Llama):
+    shares = {"wq": (30, 192, 576), "wk": (30, 64, 576), "wv": (30, 64, 576), "wo": (30, 576, 192)}
+    for name, share in shares.items():
+        held = getattr(thirds.layers, name)[...].addressable_shards
+        assert [a.data.shape for a in held] == 3 * [share]
+        assert len({a.device for a in held}) == len({str(a.index) for a in held}) == 3
+
+
+def test_a_trained_model_keeps_and_says_the_same_on_three_devices(smollm2_path: Path, thirds: Llama):
+    text = arrays(GOLDEN / "real" / "dev_niah1k_fullkv.npz")["input_ids"][-300:]
+    method = fk.FastKV(tsp_layer=14, tsp_rate=0.2, retention_rate=0.2, min_prompt_to_compress=0)
+    ours, theirs = (
+        fk.generate(model, *fk.pad_batch([text]), method=method, max_new_tokens=NEW, stop_tokens=())
+        for model in (thirds, fk.load_model(smollm2_path, dtype="float32"))
+    )
+    np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+    for i in range(30):
+        kept = ours.cache.layer(i).positions
+        assert (kept >= 0).sum(axis=-1).tolist() == [[60, 60, 60]]
+        np.testing.assert_array_equal(kept, theirs.cache.layer(i).positions)

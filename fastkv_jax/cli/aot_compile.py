@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from fastkv_jax.cli import common
+from fastkv_jax.cli import common, shapes
 from fastkv_jax.errors import BackendError, FastKVConfigError
 
 TPU_TARGETS = {"v5e-8": "v5e:2x4", "v5p-8": "v5p:2x2x1", "v6e-8": "v6e:2x4", "tpu7x-8": "tpu7x:2x2x1"}
@@ -34,11 +34,6 @@ l2_cache_size: {l2} clock_rate_ghz: 1.98 device_memory_size: {memory} shared_mem
 cuda_compute_capability {{ major: 9 }} registers_per_core_limit: 65536 registers_per_block_limit: 65536 }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }} runtime_version {{ major: 13 minor: 0 patch: 0 }}
 device_description_str: "{name}" """
-MODELS = {  # vocabulary, hidden, MLP, layers, query heads, KV heads, head size, tied embeddings
-    "llama-3.1-8b": (128_256, 4096, 14_336, 32, 32, 8, 128, False),
-    "llama-3.2-1b": (128_256, 2048, 8192, 16, 32, 8, 64, True),
-    "llama-3.1-70b": (128_256, 8192, 28_672, 80, 64, 8, 128, False),
-}
 NEW_TOKENS = 256
 
 
@@ -46,7 +41,7 @@ def parser() -> common.Parser:
     """All flags, with their ranges."""
     parser = common.Parser(prog="aot_compile.py", description=__doc__)
     parser.add_argument("--target", required=True, choices=(*TPU_TARGETS, *GPU_TARGETS))
-    parser.add_argument("--model", default="llama-3.1-8b", choices=tuple(MODELS), help="default: llama-3.1-8b")
+    parser.add_argument("--model", default="llama-3.1-8b", choices=tuple(shapes.MODELS), help="default: llama-3.1-8b")
     parser.add_argument("--tokens", type=int, default=32_768, metavar="N", help="prompt length, >= 128")
     parser.add_argument("--method", default="fastkv", help="default: fastkv, with the paper's settings")
     parser.add_argument("--kernels", choices=("reference", "tpu", "gpu"), help="default: the target's")
@@ -99,7 +94,8 @@ def compile_for(options: argparse.Namespace) -> dict[str, Any]:
     devices = _devices(options.target)
     platform = "tpu" if options.target in TPU_TARGETS else "gpu"
     kernels = options.kernels or platform
-    config, method = _config(options.model, options.tokens), _method(options.method, MODELS[options.model][3])
+    config = shapes.config(options.model, 2 * options.tokens)
+    method = _method(options.method, config.num_layers)
     mesh = Mesh(np.array(devices), ("model",), axis_types=(AxisType.Auto,)) if len(devices) > 1 else None
     place = Mesh(np.array(devices), ("model",))
 
@@ -165,21 +161,6 @@ def _devices(target: str) -> Sequence[Any]:
     except Exception as error:  # what is raised depends on which plugin is missing
         needs = "jax[tpu]" if target in TPU_TARGETS else "jax[cuda13]"
         raise BackendError(f"no compiler for {target}: install {needs} ({str(error).splitlines()[0][:200]})") from error
-
-
-def _config(name: str, tokens: int) -> Any:
-    from fastkv_jax.config import Llama3Scaling, LlamaConfig, RopeConfig
-
-    vocabulary, hidden, mlp, layers, heads, kv_heads, head_dim, tied = MODELS[name]
-    rope = RopeConfig(
-        5e5, Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
-    )
-    return LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=mlp, num_layers=layers, num_heads=heads,
-        num_kv_heads=kv_heads, head_dim=head_dim, rms_norm_eps=1e-5, rope=rope, max_position_embeddings=2 * tokens,
-        tie_word_embeddings=tied, qkv_bias=False, output_bias=False, qk_norm=False, sliding_window=None,
-        stop_tokens=(), pad_token=None,
-    )  # fmt: skip
 
 
 def _method(name: str, layers: int) -> Any:

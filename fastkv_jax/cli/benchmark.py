@@ -1,10 +1,13 @@
-"""Time prefill and decode of methods against full context, and optionally against transformers on PyTorch.
+"""Time prefill, decode and both together: methods against full context, and against transformers on PyTorch.
 
 Runs are interleaved (one of each, then again) and medians compared, so that a slow minute hits all alike. Ratios are
-what to read: seconds belong to one machine on one day.
+what to read: seconds belong to one machine on one day. The limit beside a ratio is what the arithmetic allows: its
+operations for prefill, its bytes for decode. What the device can do is measured in the same run, with a matrix product
+and a copy.
 
-  benchmark.py --tokens 4096 8000
-  benchmark.py --tokens 4096 --against transformers      (needs torch)
+  benchmark.py --tokens 4096 8000 --new-tokens 128 --peer transformers      (needs torch)
+  benchmark.py --methods full fastkv snapkv --tokens 4096 --output speed/
+  benchmark.py --platform gpu --random-weights llama-3.1-8b --tokens 32768 131072
   benchmark.py kernels --help                            (each kernel against the device's own copy and product)
 """
 
@@ -15,59 +18,83 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastkv_jax import presets
-from fastkv_jax.cli import common, settings
+from fastkv_jax.cli import common, settings, shapes
 from fastkv_jax.errors import FastKVConfigError
 
 TRANSFORMERS = "transformers"
 
 
+class Timing(NamedTuple):
+    """Seconds of one run."""
+
+    prefill: float
+    decode: float  # of a token, after the first few
+    whole: float  # from the prompt to the last token
+    logits: np.ndarray  # [B, V] of the last tokens
+
+
 @dataclass
 class Series:
-    """Seconds of the repeated runs of one contestant at one length, the warm-up left out."""
+    """The repeated runs of one contestant at one length, the warm-up left out."""
 
     name: str
     tokens: int
-    prefill_s: list[float] = field(default_factory=list)
-    decode_s_per_token: list[float] = field(default_factory=list)
+    flops: float  # of a prefill
+    step_bytes: float  # that a decode step reads
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
 
-    def row(self, baseline: "Series") -> dict[str, Any]:
-        """Medians, and how many times faster than the baseline they are."""
-        prefill, decode = statistics.median(self.prefill_s), statistics.median(self.decode_s_per_token)
-        return {
-            "tokens": self.tokens,
-            "name": self.name,
-            "prefill_s": round(prefill, 3),
-            "prefill_range_s": [round(min(self.prefill_s), 3), round(max(self.prefill_s), 3)],
-            "decode_ms_per_token": round(1e3 * decode, 2),
-            "prefill_speedup": round(statistics.median(baseline.prefill_s) / prefill, 2),
-            "decode_speedup": round(statistics.median(baseline.decode_s_per_token) / decode, 2),
-        }
+    def add(self, timing: Timing) -> None:
+        """One more run."""
+        self.prefill.append(timing.prefill)
+        self.decode.append(timing.decode)
+        self.whole.append(timing.whole)
+
+    def row(self, full: "Series", device: dict[str, float]) -> dict[str, Any]:
+        """Medians, ranges, how many times faster than full context, and shares of what the device can do."""
+        found: dict[str, Any] = {"tokens": self.tokens, "name": self.name}
+        for name in ("prefill", "decode", "whole"):
+            mine, theirs = getattr(self, name), getattr(full, name)
+            found[f"{name}_s"] = statistics.median(mine)
+            found[f"{name}_range_s"] = [min(mine), max(mine)]
+            found[f"{name}_speedup"] = statistics.median(theirs) / statistics.median(mine)
+        found["prefill_limit"] = full.flops / self.flops
+        found["decode_limit"] = full.step_bytes / self.step_bytes
+        found["share_of_product"] = self.flops / found["prefill_s"] / device["product_flops_per_s"]
+        found["share_of_copy"] = self.step_bytes / found["decode_s"] / device["copy_bytes_per_s"]
+        return found
 
 
 def parser() -> common.Parser:
     """All flags."""
     parser = common.Parser(prog="benchmark.py", description=__doc__)
     group = common.add_model_flags(parser)
-    group.add_argument(
-        "--random-weights", action="store_true", help="only the model's shape matters: do not load weights"
-    )
+    group.add_argument("--random-weights", choices=tuple(shapes.MODELS), metavar="NAME", help="no checkpoint: weights "
+                       f"drawn at random, in the shape of {', '.join(shapes.MODELS)}")  # fmt: skip
     group = parser.add_argument_group("what to time")
     group.add_argument(
         "--tokens", type=int, nargs="+", default=[4096], metavar="N", help="prompt lengths, >= 1 (default: 4096)"
     )
+    group.add_argument("--batch", type=int, default=1, metavar="B", help="prompts at once, >= 1 (default: 1)")
     group.add_argument("--new-tokens", type=int, default=32, metavar="N", help="decoded tokens, >= 16 (default: 32)")
     group.add_argument(
         "--repeats", type=int, default=3, metavar="N", help="timed rounds after one warm-up, >= 1 (default: 3)"
     )
-    group.add_argument(
-        "--against", choices=(TRANSFORMERS,), help="also time transformers' full context (PyTorch, float32, sdpa)"
-    )
+    group.add_argument("--methods", nargs="+", metavar="METHOD", help="with the preset's settings and those given, "
+                       "beside full context (default: the one of --method)")  # fmt: skip
+    group.add_argument("--peer", choices=(TRANSFORMERS,), help="also time transformers' full context (PyTorch, the "
+                       "same weights and dtype, sdpa)")  # fmt: skip
+    group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    group.add_argument("--output", metavar="FOLDER", help="also write speed.json, speed.md and speed.png there")
+    group.add_argument("--profile", metavar="FOLDER", help="write one more run of each as a trace that Perfetto and "
+                       "TensorBoard show")  # fmt: skip
     settings.add_method_flags(parser)
     common.add_run_flags(parser)
     return parser
@@ -84,13 +111,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    rules = (("tokens", min(options.tokens) >= 1, ">= 1"), ("new_tokens", options.new_tokens >= 16, ">= 16"),
-             ("repeats", options.repeats >= 1, ">= 1"))  # fmt: skip
-    for name, fine, allowed in rules:
-        if not fine:
-            given = getattr(options, name)
-            raise FastKVConfigError(f"{name} must be {allowed}, got {min(given) if name == 'tokens' else given}")
+    from fastkv_jax.methods import METHODS
+
+    for name, least in (("tokens", 1), ("batch", 1), ("new_tokens", 16), ("repeats", 1)):
+        given = getattr(options, name)
+        value = min(given) if isinstance(given, list) else given
+        if value < least:
+            raise FastKVConfigError(f"{name} must be >= {least}, got {value}")
+    for name in options.methods or ():
+        if name not in METHODS:
+            raise FastKVConfigError(f"unknown method {name!r}; there are: {', '.join(METHODS)}")
     settings.check(options)
+    if options.output is not None:
+        from fastkv_jax.evals import folder
+
+        folder.writable(options.output)
     platform = common.choose_platform(options)
     if not options.no_compile_cache:
         common.use_compile_cache()
@@ -99,78 +134,82 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _benchmark(options: argparse.Namespace, platform: str, dtype: str) -> None:
-    from fastkv_jax import checkpoint
+    import jax
+
+    from fastkv_jax.cli import speed_report
+    from fastkv_jax.cli.device_rates import rates, timer, yardsticks
     from fastkv_jax.cli.report import Reporter
     from fastkv_jax.methods import FullKV
 
     say = Reporter(quiet=options.quiet)
     say.header(platform, dtype)
+    name, model, prompts = _model(options, dtype)
+    methods = {"full": FullKV()}
+    for given in options.methods or [options.method]:
+        options.method = given
+        preset, method = settings.method(options, name, model.config.num_layers)
+        if given != "full":
+            say.line("preset", preset.describe(given, method))
+            methods[given] = method
+    yard = yardsticks(platform)
+    measures = [timer(case) for case in yard]
+    competitor = _competitor(model) if options.peer else None
+    series: list[tuple[Series, Series]] = []  # with full context of the same length
+    for tokens in options.tokens:
+        tokens_of = prompts(tokens)
+        runs: dict[str, Callable[[], Timing]] = {
+            known: lambda method=method, given=tokens_of: _time(model, given, method, options.new_tokens)
+            for known, method in methods.items()
+        }
+        if competitor is not None:
+            runs[TRANSFORMERS] = lambda given=tokens_of: competitor.time(given, options.new_tokens)
+        costs = {known: _costs(model, method, tokens, options.batch) for known, method in methods.items()}
+        mine = {known: Series(known, tokens, *costs.get(known, costs["full"])) for known in runs}
+        _race(runs, mine, measures, options.repeats, say)
+        series += [(entry, mine["full"]) for entry in mine.values()]
+        if options.profile is not None:
+            with jax.profiler.trace(options.profile, create_perfetto_trace=True):
+                for known, run in runs.items():
+                    with jax.profiler.TraceAnnotation(f"{known}, {tokens} tokens"):
+                        run()
+    device = {"device": jax.devices()[0].device_kind, **rates(*yard)}
+    found = {
+        **device, "jax": jax.__version__, "model": name, "dtype": dtype, "batch": options.batch,
+        "new_tokens": options.new_tokens, "repeats": options.repeats,
+        "settings": {known: presets.settings(method) for known, method in methods.items()},
+        "rows": [entry.row(full, device) for entry, full in series],
+    }  # fmt: skip
+    print(json.dumps(found) if options.json else speed_report.as_markdown(found))
+    if options.output is not None:
+        speed_report.write(found, options.output)
+
+
+def _model(options: argparse.Namespace, dtype: str) -> tuple[str, Any, Callable[[int], np.ndarray]]:
+    """Name, model, and prompts [B, n] of a length: of our chronicle, or drawn at random where there is no tokenizer."""
+    from fastkv_jax import checkpoint, text
+    from fastkv_jax.evals.documents import document
+
+    longest = max(options.tokens) + options.new_tokens
+    if options.random_weights:
+        config = shapes.config(options.random_weights, 2 * longest)
+        drawn = np.random.default_rng(0)
+
+        def random_prompts(n: int) -> np.ndarray:
+            return drawn.integers(0, config.vocab_size, (options.batch, n), dtype=np.int32)
+
+        return options.random_weights, _random(config, dtype), random_prompts
     found = checkpoint.resolve(options.model, progress=not options.quiet)
     config = checkpoint.inspect(found)
-    longest = max(options.tokens) + options.new_tokens
     if longest > config.max_position_embeddings:
         raise FastKVConfigError(f"tokens {longest - options.new_tokens:,} + {options.new_tokens} new > "
                                 f"{config.max_position_embeddings:,} (max_position_embeddings)")  # fmt: skip
-    preset, method = settings.method(options, found.name, config.num_layers)
-    say.line("preset", preset.describe(options.method, method))
-    model = _random(config, dtype) if options.random_weights else checkpoint.load_model(found, dtype)
-    contestants: dict[str, Callable[[np.ndarray], tuple[float, float, np.ndarray]]] = {
-        "full": lambda prompt: _time(model, prompt, FullKV(), options.new_tokens)
-    }
-    if options.method != "full":
-        contestants[options.method] = lambda prompt: _time(model, prompt, method, options.new_tokens)
-    if options.against:
-        from fastkv_jax.cli.against_transformers import Competitor
+    tokenizer = text.load_tokenizer(found)
 
-        competitor = Competitor(model)
-        contestants[TRANSFORMERS] = lambda prompt: competitor.time(prompt, options.new_tokens)
+    def prompts(n: int) -> np.ndarray:
+        rows = [text.continue_with(tokenizer, document(2 * n, seed))[:n] for seed in range(options.batch)]
+        return np.array(rows, np.int32)
 
-    rows: list[dict[str, Any]] = []
-    for tokens in options.tokens:
-        prompt = np.random.default_rng(0).integers(0, config.vocab_size, (1, tokens), dtype=np.int32)
-        rows += _race(contestants, prompt, options.repeats, say)
-    if options.json:
-        print(json.dumps({"model": found.name, "dtype": dtype, "settings": presets.settings(method), "rows": rows}))
-    else:
-        _table(rows)
-
-
-def _race(contestants, prompt: np.ndarray, repeats: int, say) -> list[dict[str, Any]]:
-    series = {name: Series(name, prompt.shape[1]) for name in contestants}
-    for turn in range(repeats + 1):
-        logits: dict[str, np.ndarray] = {}
-        for name, run in contestants.items():
-            prefill, decode, logits[name] = run(prompt)
-            say.line("round", f"{turn}{' (warm-up)' if turn == 0 else ''}  {name}  prefill {prefill:.2f} s  "
-                     f"decode {1e3 * decode:.1f} ms/token")  # fmt: skip
-            if turn:
-                series[name].prefill_s.append(prefill)
-                series[name].decode_s_per_token.append(decode)
-        if turn == 0 and TRANSFORMERS in logits:  # a race between programs that disagree would mean nothing
-            say.line(
-                "check", f"last-token logits differ by at most {abs(logits['full'] - logits[TRANSFORMERS]).max():.1e}"
-            )
-    return [entry.row(series["full"]) for entry in series.values()]
-
-
-def _time(model, prompt: np.ndarray, method, new_tokens: int) -> tuple[float, float, np.ndarray]:
-    """(seconds of prefill, seconds per decoded token, last-token logits); the first chunk of decoding is left out."""
-    import jax
-
-    from fastkv_jax import buckets, generation, inference
-
-    tokens, start = buckets.pad_batch([prompt[0]])
-    began = time.perf_counter()
-    result = inference.prefill(model, tokens, start, method=method, max_new_tokens=new_tokens + generation.CHUNK + 1)
-    jax.block_until_ready(result)
-    prefill = time.perf_counter() - began
-    logits = np.asarray(result.logits[0])
-    made, began, skipped = 0, 0.0, generation.CHUNK + 1
-    for chunk, _ in generation.decode_chunks(model, result, max_new_tokens=new_tokens + skipped, stop_tokens=()):
-        made += chunk.shape[1]
-        if made == skipped:
-            began = time.perf_counter()
-    return prefill, (time.perf_counter() - began) / new_tokens, logits
+    return found.name, checkpoint.load_model(found, dtype), prompts
 
 
 def _random(config, dtype: str):
@@ -183,11 +222,62 @@ def _random(config, dtype: str):
     return jax.block_until_ready(jax.jit(lambda: Llama(config, nnx.Rngs(0), parse_dtype(dtype)))())
 
 
-def _table(rows: list[dict[str, Any]]) -> None:
-    line = "{:>8}  {:<14}{:>10}{:>16}{:>11}{:>11}{:>10}"
-    print(line.format("tokens", "name", "prefill s", "(min–max)", "decode ms", "prefill ×", "decode ×"))
-    for row in rows:
-        low, high = row["prefill_range_s"]
-        numbers = (f"{row['prefill_s']:.2f}", f"{low:.2f}–{high:.2f}", f"{row['decode_ms_per_token']:.1f}")
-        print(line.format(f"{row['tokens']:,}", row["name"], *numbers, row["prefill_speedup"], row["decode_speedup"]))
-    print("× = times faster than full in the same run, medians")
+def _competitor(model) -> Any:
+    from fastkv_jax.cli.against_transformers import Competitor
+
+    return Competitor(model)
+
+
+def _costs(model, method, tokens: int, batch: int) -> tuple[float, float]:
+    """(operations of a prefill, bytes a decode step reads: weights and entries, each once)."""
+    import jax
+
+    from fastkv_jax import costs
+    from fastkv_jax.methods.plan import effective_budgets
+
+    c = model.config
+    weights = sum(a.nbytes for a in jax.tree.leaves(model))
+    if not c.tie_word_embeddings:
+        weights -= model.embedding[...].nbytes  # one row of it
+    kept = sum((run.last - run.first + 1) * run.kept for run in effective_budgets(method, tokens, 0, c.num_layers))
+    entries = 2 * kept * c.num_kv_heads * c.head_dim * model.norm[...].dtype.itemsize
+    return batch * costs.prefill_flops(c, method, tokens), weights + batch * entries
+
+
+def _race(runs: dict[str, Callable[[], Timing]], series: dict[str, Series], measures, repeats: int, say) -> None:
+    for turn in range(repeats + 1):
+        logits: dict[str, np.ndarray] = {}
+        for name, run in runs.items():
+            timing = run()
+            logits[name] = timing.logits
+            say.line("round", f"{turn}{' (warm-up)' if turn == 0 else ''}  {name}  prefill {timing.prefill:.2f} s  "
+                     f"decode {1e3 * timing.decode:.1f} ms/token  whole {timing.whole:.2f} s")  # fmt: skip
+            if turn:
+                series[name].add(timing)
+        if turn:
+            for measure in measures:
+                measure()
+        elif TRANSFORMERS in logits:  # a race between programs that disagree would mean nothing
+            apart = abs(logits["full"] - logits[TRANSFORMERS]).max()
+            say.line("check", f"last-token logits differ by at most {apart:.1e}")
+
+
+def _time(model, prompts: np.ndarray, method, new_tokens: int) -> Timing:
+    """A run of ours; the first chunk of decoding does not count as decoding."""
+    import jax
+
+    from fastkv_jax import buckets, generation, inference
+
+    tokens, start = buckets.pad_batch(list(prompts))
+    began = time.perf_counter()
+    result = inference.prefill(model, tokens, start, method=method, max_new_tokens=new_tokens)
+    jax.block_until_ready(result)
+    prefill = time.perf_counter() - began
+    logits = np.asarray(result.logits)
+    made, since, decode_began = 0, 0, 0.0
+    for chunk, _ in generation.decode_chunks(model, result, max_new_tokens=new_tokens, stop_tokens=()):
+        made += chunk.shape[1]
+        if not since and made > generation.CHUNK:
+            since, decode_began = made, time.perf_counter()
+    ended = time.perf_counter()
+    return Timing(prefill, (ended - decode_began) / (made - since), ended - began, logits)

@@ -11,30 +11,15 @@ import argparse
 import importlib.metadata
 import json
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 from fastkv_jax.cli import common
+from fastkv_jax.cli.device_rates import Case, rates, timer, yardsticks
 from fastkv_jax.errors import FastKVConfigError
 
 HEADS, KV_HEADS, DIM, WINDOW = 32, 8, 128, 8
 TARGETS = {"window_scores": 0.85, "decode_attention": 0.75}  # shares of the copy rate; the latter from 4,096 slots on
-LEAST_S = 0.1  # of the calls that are subtracted: far above a clock's and a dispatch's noise
-
-
-@dataclass
-class Case:
-    """One operation on one shape."""
-
-    name: str
-    shape: str
-    run: Callable[..., Any]
-    args: tuple[Any, ...]
-    bytes: float
-    flops: float
-    seconds: list[float] = field(default_factory=list)
 
 
 def parser() -> common.Parser:
@@ -81,7 +66,7 @@ def _run(options: argparse.Namespace) -> int:
         "device": jax.devices()[0].device_kind,
         "jax": importlib.metadata.version("jax"),
         "kernels": kernels,
-        **_rates(cases[0], cases[1]),
+        **rates(cases[0], cases[1]),
         "rows": [_row(case, cases[0], cases[1]) for case in cases[2:]],
     }
     print(json.dumps(found)) if options.json else _table(found)
@@ -100,13 +85,7 @@ def _cases(platform: Any, kernels: Any, tokens: list[int], slots: list[int], row
     small = platform == "cpu"
     keys = iter(jax.random.split(jax.random.key(0), 1000))
     normal = lambda *shape: jax.random.normal(next(keys), shape, dtype)  # noqa: E731
-    many, side = (1 << 26) if small else (1 << 29), 2048 if small else 8192
-    scaled = normal(side, side) / jnp.asarray(side**0.5, dtype)
-    copy = Case("copy", f"{many * dtype.itemsize >> 20} MiB", lambda x: -x,
-                (jnp.zeros(many, dtype),), 2 * many * dtype.itemsize, 0)  # fmt: skip
-    product = Case("product", f"{side} cubed", lambda a, b: a @ b,
-                   (normal(side, side), scaled), 3 * side**2 * dtype.itemsize, 2 * side**3)  # fmt: skip
-    cases = [copy, product]
+    cases = [*yardsticks(platform)]
     zeros = lambda n: jnp.zeros(n, jnp.int32)  # noqa: E731
     for t in tokens:
         q, k = normal(1, HEADS, WINDOW, DIM), normal(1, KV_HEADS, t, DIM)
@@ -161,51 +140,17 @@ def _cases(platform: Any, kernels: Any, tokens: list[int], slots: list[int], row
 
 
 def _time(cases: list[Case], repeats: int, say) -> None:
-    """Seconds of one call: what n more calls in one program take, divided by n; cases take turns."""
-    import jax
-    from jax import lax
-
-    programs = []
-    for case in cases:
-
-        @jax.jit
-        def program(times, *args, run=case.run):
-            def again(_, carry):
-                args, out = carry
-                nothing = jax.tree.leaves(out)[0].ravel()[0] * 0
-                touch = lambda a: a.at[(0,) * a.ndim].add(nothing.astype(a.dtype))  # noqa: E731 - in place
-                args = tuple(map(touch, args))  # they now depend on the call before: nothing can leave the loop
-                return args, run(*args)
-
-            return lax.fori_loop(0, times, again, (args, run(*args)))[1]
-
-        def took(times: int, program=program, case=case) -> float:
-            began = time.perf_counter()
-            jax.block_until_ready(program(times, *case.args))
-            return time.perf_counter() - began
-
-        took(0)  # compiles
-        times = 1
-        while took(times) < LEAST_S:
-            times *= 2
-        programs.append((took, times))
-        say.line("ready", f"{case.name}, {case.shape}: {times} calls a timing")
+    """Cases take turns."""
+    timers = [timer(case) for case in cases]
     for turn in range(repeats):
         say.line("round", f"{turn + 1} of {repeats}")
-        for case, (took, times) in zip(cases, programs, strict=True):
-            case.seconds.append((took(5 * times) - took(times)) / (4 * times))
-
-
-def _rates(copy: Case, product: Case) -> dict[str, float]:
-    return {
-        "copy_bytes_per_s": copy.bytes / statistics.median(copy.seconds),
-        "product_flops_per_s": product.flops / statistics.median(product.seconds),
-    }
+        for measure in timers:
+            measure()
 
 
 def _row(case: Case, copy: Case, product: Case) -> dict[str, Any]:
     """Medians, and the shares of what the device can do."""
-    seconds, rates = statistics.median(case.seconds), _rates(copy, product)
+    seconds, device = statistics.median(case.seconds), rates(copy, product)
     return {
         "op": case.name,
         "shape": case.shape,
@@ -213,8 +158,8 @@ def _row(case: Case, copy: Case, product: Case) -> dict[str, Any]:
         "us_range": [1e6 * min(case.seconds), 1e6 * max(case.seconds)],
         "bytes": case.bytes,
         "flops": case.flops,
-        "share_of_copy": case.bytes / seconds / rates["copy_bytes_per_s"],
-        "share_of_product": case.flops / seconds / rates["product_flops_per_s"],
+        "share_of_copy": case.bytes / seconds / device["copy_bytes_per_s"],
+        "share_of_product": case.flops / seconds / device["product_flops_per_s"],
         "target": TARGETS.get(case.name),
     }
 

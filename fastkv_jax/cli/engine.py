@@ -108,6 +108,7 @@ class Engine:
     cache: KVCache | None = None  # what stands before every prompt
     kernels: Kernels | None = None
     kv_dtype: str | None = None
+    prefill_chunk: int | None = None
 
     def read(self, token_ids: list[int]) -> tuple[inference.Prefill, np.ndarray, np.ndarray]:
         """Prefill of a document alone, and its padded tokens and start."""
@@ -165,6 +166,7 @@ class Engine:
             "cache": self.cache,
             "kernels": self.kernels,
             "kv_dtype": self.kv_dtype,
+            "prefill_chunk": self.prefill_chunk,
         }
 
     def _decode(self, answer: Answer, result: inference.Prefill, on_text: Callable[[str], object]) -> None:

@@ -64,6 +64,10 @@ def parser() -> common.Parser:
         "--kv-dtype", choices=tuple(KV_DTYPES), help="keep the prompt's entries in 8 bits (default: the model's dtype)"
     )
     parser.add_argument(
+        "--prefill-chunk", type=int, metavar="N", help="read prompts N tokens at a time and evict in between, >= 1: "
+        "less memory (default: all at once)"
+    )  # fmt: skip
+    parser.add_argument(
         "--kernels", choices=("reference", "tpu", "gpu"), help="reference = plain jax.numpy (default: the platform's)"
     )
     group = parser.add_argument_group("output")
@@ -110,6 +114,7 @@ def check(options: argparse.Namespace) -> None:
     least = 1 if options.save_cache is None else 0
     rules: list[tuple[str, bool, str]] = [
         ("max_new_tokens", options.max_new_tokens >= least, f">= {least}"),
+        ("prefill_chunk", options.prefill_chunk is None or options.prefill_chunk >= 1, ">= 1"),
         ("temperature", math.isfinite(options.temperature) and options.temperature >= 0, "finite and >= 0"),
         ("top_p", 0 < options.top_p <= 1, "in (0, 1]"),
         ("top_k", options.top_k >= 0, ">= 0 (0 = off)"),
@@ -139,6 +144,8 @@ def check(options: argparse.Namespace) -> None:
     if options.load_cache is not None and (given := settings.given(options)):
         flag = next(iter(given)).replace("_", "-")
         raise FastKVConfigError(f"--load-cache brings its own settings; --{flag} has no place beside it")
+    if options.load_cache is not None and options.prefill_chunk is not None:
+        raise FastKVConfigError("--load-cache has no place for --prefill-chunk: the cache stands before the prompt")
     if options.load_cache is not None and options.truncate is not None:
         raise FastKVConfigError("--load-cache has no place for --truncate")
     settings.check(options)
@@ -193,7 +200,7 @@ def _generate(options: argparse.Namespace, requests: list[prompts.Request], plat
     cache = None if saved is None else saved.load(model, tokenizer)
     engine = Engine(
         model, tokenizer, method, sampler, options.seed, options.max_new_tokens, options.stop, cache,
-        options.kernels, KV_DTYPES.get(options.kv_dtype),
+        options.kernels, KV_DTYPES.get(options.kv_dtype), options.prefill_chunk,
     )  # fmt: skip
     effective = {
         "preset": preset.name,

@@ -1,6 +1,6 @@
 """`decode_attention` on a GPU: flash-decoding, the slots of each cache head split over the multiprocessors.
 
-    k, v [B, N, C, D]     | split 0    | split 1    |...     one program each, for the query heads that share the head
+    k, v [L, B, N, C, D]  | split 0    | split 1    |...     one program each, for the query heads that share the head
                           |tile|tile|..|tile|tile|..|        with a running maximum and sum (online softmax)
     out  [B, N, splits, H/N, D], log_sum_exp [B, N, splits, H/N]     merged afterwards: about 2 % of the bytes
 
@@ -41,24 +41,21 @@ def tiles_for(batch_heads: int, rows: int, slots: int, row_bytes: int) -> Tiles:
     return Tiles(rows_each, max(_DOT, min(128, (16 << 10) // row_bytes)), splits)
 
 
-def decode_attention(
-    q, k_prompt, v_prompt, positions, k_new, v_new, filled, heads, k_scale, v_scale, *, interpret=False, tiles=None
-):
-    prompt = Slots(k_prompt, v_prompt, positions, heads, k_scale, v_scale)
+def decode_attention(q, prompt: Slots, new: Slots, filled, layer, *, interpret=False, tiles=None):
     attend = functools.partial(_attend, interpret=interpret, tiles=tiles)
-    return attend_to_both(attend, q, prompt, Slots(k_new, v_new), filled)
+    return attend_to_both(attend, q, prompt, new, filled, layer)
 
 
-def _attend(q, slots: Slots, used, group: int, *, interpret: bool, tiles: Tiles | None):
+def _attend(q, slots: Slots, layer, used, group: int, *, interpret: bool, tiles: Tiles | None):
     batch, query_heads, dim = q.shape
-    heads, capacity = slots.k.shape[1:3]
+    heads, capacity = slots.k.shape[2:4]
     rows, lanes = query_heads // heads, max(_DOT, pl.next_power_of_2(dim))
     tiles = tiles or tiles_for(batch * heads, rows, capacity, lanes * q.dtype.itemsize)
     blocks = pl.cdiv(rows, tiles.rows)
 
     q = q.reshape(batch * heads, rows, dim)
     q = jnp.pad(q, ((0, 0), (0, blocks * tiles.rows - rows), (0, lanes - dim)))
-    slots = Slots(*(None if x is None else x.reshape(batch * heads, *x.shape[2:]) for x in slots))
+    slots = Slots(*(None if x is None else x.reshape(-1, *x.shape[3:]) for x in slots))
     out, log_sum_exp = gpu_call(
         functools.partial(_kernel, tiles=tiles, heads=heads, group=group),
         name="decode_attention",
@@ -70,16 +67,17 @@ def _attend(q, slots: Slots, used, group: int, *, interpret: bool, tiles: Tiles 
         warps=4,
         stages=2,
         interpret=interpret,
-    )(used, q, slots)
+    )(layer.reshape(1), used, q, slots)
     out = out.swapaxes(1, 2).reshape(batch, query_heads, tiles.splits, dim)
     return out, log_sum_exp.swapaxes(1, 2).reshape(batch, query_heads, tiles.splits)
 
 
 def _kernel(
     # Inputs
+    layer_ref,  # [1]
     used_ref,  # [B]
     q_ref,  # [B*N, rows, D], rows and D up to whole tiles and powers of two
-    slots: Slots,  # k, v [B*N, C, D]; positions, heads, k_scale, v_scale [B*N, C] or None
+    slots: Slots,  # k, v [L*B*N, C, D]; positions, heads, k_scale, v_scale [L*B*N, C] or None
     # Outputs
     out_ref,  # [B*N, splits, H/N, D]
     log_sum_exp_ref,  # [B*N, splits, H/N]
@@ -94,6 +92,7 @@ def _kernel(
     capacity, dim = slots.k.shape[1:]
     row, lane = first + jnp.arange(tiles.rows), jnp.arange(q_ref.shape[2])
     q = q_ref[head, pl.ds(first, tiles.rows), :]
+    place = layer_ref[0] * pl.num_programs(0) + head  # of the head's slots
 
     def turn(tile, carry):
         before, total, out = carry
@@ -101,11 +100,11 @@ def _kernel(
         inside = slot < capacity
 
         def numbers(ref):
-            return triton().load(ref.at[head, slot], mask=inside, other=0)
+            return triton().load(ref.at[place, slot], mask=inside, other=0)
 
         def entries(ref):
             mask = inside[:, None] & (lane[None] < dim)
-            loaded = triton().load(ref.at[head, slot[:, None], lane[None]], mask=mask).astype(q.dtype)
+            loaded = triton().load(ref.at[place, slot[:, None], lane[None]], mask=mask).astype(q.dtype)
             return jnp.where(mask, loaded, jnp.zeros_like(loaded))  # not load(other=0): Triton has no float8 zero
 
         logits = _product(q, entries(slots.k), 1) * dim**-0.5  # [rows, slots]

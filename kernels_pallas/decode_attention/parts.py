@@ -15,25 +15,26 @@ from jaxtyping import Array, Float
 class Slots(NamedTuple):
     """Keys and values of N heads: arrays, or what Pallas has in their place; None for what is not there."""
 
-    k: Any  # [B, N, C, D]
-    v: Any  # [B, N, C, D]
-    positions: Any = None  # [B, N, C] int32, -1 in an empty slot
-    heads: Any = None  # [B, 1, C] int32, the KV head a slot of a flat cache belongs to
-    k_scale: Any = None  # [B, N, C] bfloat16
-    v_scale: Any = None  # [B, N, C] bfloat16
+    k: Any  # [L, B, N, C, D]
+    v: Any  # [L, B, N, C, D]
+    positions: Any = None  # [L, B, N, C] int32, -1 in an empty slot
+    heads: Any = None  # [L, B, 1, C] int32, the KV head a slot of a flat cache belongs to
+    k_scale: Any = None  # [L, B, N, C] bfloat16
+    v_scale: Any = None  # [L, B, N, C] bfloat16
 
 
-# attend(q [B, H, D], slots, used [B], group) -> out [B, H, P, D] float32, log_sum_exp [B, H, P] float32, of P parts:
-# attention over the first `used` slots; log_sum_exp is -inf and out 0 where a query sees none of them.
-Attend = Callable[[jax.Array, Slots, jax.Array, int], tuple[jax.Array, jax.Array]]
+# attend(q [B, H, D], slots, layer [], used [B], group) -> out [B, H, P, D] float32, log_sum_exp [B, H, P] float32, of P
+# parts: attention over the layer's first `used` slots; log_sum_exp is -inf and out 0 where a query sees none of them.
+Attend = Callable[[jax.Array, Slots, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]
 
 
-def attend_to_both(attend: Attend, q, prompt: Slots, new: Slots, filled) -> Float[Array, "B H D"]:
-    group = q.shape[1] // new.k.shape[1]
-    parts = [attend(q, new, filled, group)]
-    capacity = prompt.k.shape[2]
+def attend_to_both(attend: Attend, q, prompt: Slots, new: Slots, filled, layer) -> Float[Array, "B H D"]:
+    """`layer`: which one of the prompt's, and of the new entries."""
+    group = q.shape[1] // new.k.shape[2]
+    parts = [attend(q, new, layer[1], filled, group)]
+    capacity = prompt.k.shape[3]
     if capacity:
-        parts.append(attend(q, prompt, jnp.full_like(filled, capacity), group))
+        parts.append(attend(q, prompt, layer[0], jnp.full_like(filled, capacity), group))
     outs, sums = zip(*parts, strict=True)
     return merge(jnp.concatenate(outs, axis=2), jnp.concatenate(sums, axis=2)).astype(q.dtype)
 

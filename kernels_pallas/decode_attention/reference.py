@@ -2,9 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.decode_attention.parts import Slots
 
 
-def decode_attention(q, k_prompt, v_prompt, positions, k_new, v_new, filled, heads, k_scale, v_scale):
+def decode_attention(q, prompt: Slots, new: Slots, filled, layer):
+    k_prompt, v_prompt, positions, heads, k_scale, v_scale = _of_layer(prompt, layer[0])
+    k_new, v_new, *_ = _of_layer(new, layer[1])
     batch, query_heads, _ = q.shape
     there = (positions >= 0)[:, :, None]  # [B, N, 1, C]
     if heads is not None:
@@ -18,6 +23,10 @@ def decode_attention(q, k_prompt, v_prompt, positions, k_new, v_new, filled, hea
     capacity = k_prompt.shape[2]
     old, new = weights[..., :capacity], weights[..., capacity:]
     return (_mix(old, v_prompt, v_scale, q.dtype) + _mix(new, v_new, None, q.dtype)).astype(q.dtype)
+
+
+def _of_layer(slots: Slots, layer) -> Slots:
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, layer, keepdims=False), slots)
 
 
 def _logits(q, k, scale):

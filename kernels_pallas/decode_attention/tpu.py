@@ -1,6 +1,6 @@
 """`decode_attention` on a TPU: one kernel that streams keys and values once, all heads of a row in each grid step.
 
-    k, v [B, N, C, D] in HBM     |tile 0|tile 1|...    N heads * `slots` entries a grid step, fetched ahead
+    k, v [L, B, N, C, D] in HBM  |tile 0|tile 1|...    N heads * `slots` entries a grid step, fetched ahead
     q    [N, H/N, D]  in VMEM    the queries of a row, grouped by the cache head they look at
     out  [N, H/N, D]  in VMEM    running weighted sum, with its maximum and the sum of its weights
 
@@ -37,32 +37,29 @@ def tiles_for(heads: int, slots: int, dim: int, itemsize: int) -> Tiles:
     return Tiles(max(_LANES, min(fit, 4096, slots + _LANES - 1) // _LANES * _LANES))
 
 
-def decode_attention(
-    q, k_prompt, v_prompt, positions, k_new, v_new, filled, heads, k_scale, v_scale, *, interpret=False, tiles=None
-):
-    prompt = Slots(k_prompt, v_prompt, positions, heads, k_scale, v_scale)
+def decode_attention(q, prompt: Slots, new: Slots, filled, layer, *, interpret=False, tiles=None):
     attend = functools.partial(_attend, interpret=interpret, tiles=tiles)
-    return attend_to_both(attend, q, prompt, Slots(k_new, v_new), filled)
+    return attend_to_both(attend, q, prompt, new, filled, layer)
 
 
-def _attend(q, slots: Slots, used, group: int, *, interpret: bool, tiles: Tiles | None):
+def _attend(q, slots: Slots, layer, used, group: int, *, interpret: bool, tiles: Tiles | None):
     batch, query_heads, dim = q.shape
-    heads, capacity = slots.k.shape[1:3]
+    heads, capacity = slots.k.shape[2:4]
     rows = query_heads // heads
     tiles = tiles or tiles_for(heads, capacity, dim, slots.k.dtype.itemsize)
     steps = pl.cdiv(capacity, tiles.slots)
 
-    def tile(b, step, used):
+    def place(b, step, layer, used):
         """Tiles behind the last used slot repeat its tile's index, which fetches nothing."""
-        return jnp.minimum(step, lax.div(jnp.maximum(used[b] - 1, 0), tiles.slots))
+        return layer[0], b, 0, jnp.minimum(step, lax.div(jnp.maximum(used[b] - 1, 0), tiles.slots))
 
-    entries = pl.BlockSpec((None, heads, tiles.slots, dim), lambda b, step, used: (b, 0, tile(b, step, used), 0))
-    numbers = pl.BlockSpec((None, heads, tiles.slots), lambda b, step, used: (b, 0, tile(b, step, used)))
+    entries = pl.BlockSpec((None, None, heads, tiles.slots, dim), lambda *at: (*place(*at), 0))
+    numbers = pl.BlockSpec((None, None, heads, tiles.slots), place)
     of_row = lambda *shape: pl.BlockSpec((None, *shape), lambda b, *_: (b, 0, 0, 0))  # noqa: E731
     out, log_sum_exp = pl.pallas_call(
         functools.partial(_kernel, group=group, capacity=capacity),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=2,
             grid=(batch, steps),
             in_specs=[
                 of_row(heads, rows, dim),
@@ -80,12 +77,13 @@ def _attend(q, slots: Slots, used, group: int, *, interpret: bool, tiles: Tiles 
         ),
         interpret=tpu_interpret(interpret),
         name="decode_attention",
-    )(used, q.reshape(batch, heads, rows, dim), slots)
+    )(layer.reshape(1), used, q.reshape(batch, heads, rows, dim), slots)
     return out.reshape(batch, query_heads, 1, dim), log_sum_exp.reshape(batch, query_heads, 1)
 
 
 def _kernel(
     # Scalars
+    _,  # [1] the layer, which the blocks' places have looked at
     used_ref,  # [B]
     # Inputs
     q_ref,  # [N, H/N, D]

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from fastkv_jax.cli import benchmark, benchmark_kernels
+from fastkv_jax.cli import benchmark, device_rates
 
 KERNELS = ["kernels", "--platform", "cpu", "--quiet", "--no-compile-cache", "--repeats", "1", "--rows", "1"]
 
 
 def test_every_kernel_is_set_against_the_copy_and_the_product(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark_kernels, "LEAST_S", 1e-3)
+    monkeypatch.setattr(device_rates, "LEAST_S", 1e-3)
     assert benchmark.main([*KERNELS, "--tokens", "256", "--slots", "128", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["copy_bytes_per_s"] != 0 and found["product_flops_per_s"] != 0 and found["kernels"] == "reference"
@@ -23,7 +23,7 @@ def test_every_kernel_is_set_against_the_copy_and_the_product(monkeypatch, capsy
 
 
 def test_a_table_without_json(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark_kernels, "LEAST_S", 1e-3)
+    monkeypatch.setattr(device_rates, "LEAST_S", 1e-3)
     assert benchmark.main([*KERNELS, "--tokens", "128", "--slots", "1"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("cpu, jax") and "| decode_attention | B·K 8, C 1, int8 |" in out

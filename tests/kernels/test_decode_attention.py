@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from interpreted import jit
 
 import kernels_pallas
 from kernels_pallas.decode_attention import gpu, reference, tpu
+from kernels_pallas.decode_attention.parts import Slots
 from tolerances import ATTENTION, ATTENTION_BF16, ATTENTION_LARGE
 
 
@@ -18,8 +20,14 @@ def run_with(run: Callable, **choice) -> Callable:
     """The public signature, for an implementation with a choice of tiles."""
 
     @jit
-    def decode_attention(*arrays, heads=None, k_scale=None, v_scale=None):
-        return run(*arrays, heads, k_scale, v_scale, **choice)
+    def decode_attention(
+        q, k, v, positions, k_new, v_new, filled, heads=None, k_scale=None, v_scale=None, *, layer=None
+    ):
+        prompt, new = Slots(k, v, positions, heads, k_scale, v_scale), Slots(k_new, v_new)
+        if layer is None:
+            prompt, new = jax.tree.map(lambda a: a[None], (prompt, new))
+            layer = jnp.int32(0), jnp.int32(0)
+        return run(q, prompt, new, filled, layer, **choice)
 
     return decode_attention
 
@@ -117,6 +125,26 @@ def test_agrees_for_caches_of_8_bits(implementation, cache, dtype):
 
 
 @every_implementation
+@pytest.mark.parametrize("cache", [jnp.float32, jnp.int8])
+def test_a_layer_is_read_where_it_is_among_others(implementation: str, cache):
+    """Three layers of prompt entries, two of new ones; heads and scales, too, are of all layers."""
+    layers = [inputs(seed, 6, 1, 3, [[seed], [4]]) for seed in range(3)]
+    q = layers[0][0]
+    k, v, positions, k_new, v_new = (jnp.stack([layer[i] for layer in layers]) for i in range(1, 6))
+    heads = np.random.default_rng(1).integers(0, 3, (3, BATCH, 1, CAPACITY)).astype(np.int32)
+    more = {"heads": heads}
+    if cache == jnp.int8:
+        (k, more["k_scale"]), (v, more["v_scale"]) = (kernels_pallas.quantize(x, cache) for x in (k, v))
+    run, filled = IMPLEMENTATIONS[implementation], np.int32([2, 5])
+    for i, j in ((0, 1), (2, 0)):
+        which = np.int32(i), np.int32(j)
+        ours = run(q, k, v, positions, k_new[:2], v_new[:2], filled, **more, layer=which)
+        mine = {name: a[i] for name, a in more.items()}
+        alone = run(q, k[i], v[i], positions[i], k_new[j], v_new[j], filled, **mine)
+        np.testing.assert_array_equal(ours, alone)
+
+
+@every_implementation
 def test_without_prompt_entries_only_the_new_tokens_count(implementation: str):
     q, k, v, positions, k_new, v_new = inputs(0, 4, 2, 2, np.full((BATCH, 2), CAPACITY))
     ours = IMPLEMENTATIONS[implementation](q, k, v, positions, k_new, v_new, np.full(BATCH, 1, np.int32))
@@ -176,6 +204,15 @@ def test_a_cache_of_8_bits_and_its_scales_come_together():
         k, v = k.astype(dtype), v.astype(dtype)
         with pytest.raises(ValueError, match="8 bits needs both scales, others none"):
             kernels_pallas.decode_attention(q, k, v, *rest, filled, k_scale=k_scale, v_scale=v_scale)
+
+
+def test_layers_and_the_number_of_one_come_together():
+    q, k, v, positions, *new = inputs(0, 4, 2, 2)
+    filled, layer = np.ones(BATCH, np.int32), (np.int32(0), np.int32(0))
+    with pytest.raises(ValueError, match="entries of 4 and 4 axes; 5 with layer, else 4"):
+        kernels_pallas.decode_attention(q, k, v, positions, *new, filled, layer=layer)
+    with pytest.raises(ValueError, match="entries of 5 and 4 axes"):
+        kernels_pallas.decode_attention(q, k[None], v[None], positions[None], *new, filled)
 
 
 def test_heads_that_do_not_divide_are_refused():
