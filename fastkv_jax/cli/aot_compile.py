@@ -1,6 +1,7 @@
 """Compile prefill and a decode step for accelerators that need not be there, tensor-parallel over the target's chips.
 
-Prints one JSON line, last on stdout. TPU targets need libtpu (jax[tpu]), GPU targets the CUDA plugin (jax[cuda13]).
+Prints one JSON line, last on stdout: memory, kernels, and the operations that the compiled loops make.
+TPU targets need libtpu (jax[tpu]), GPU targets the CUDA plugin (jax[cuda13]).
 
   aot_compile.py --target v5e-8 --model llama-3.1-8b --tokens 32768 --method fastkv
 """
@@ -13,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from fastkv_jax.cli import common, shapes
+from fastkv_jax.cli import common, hlo_flops, shapes
 from fastkv_jax.errors import BackendError, FastKVConfigError
 
 TPU_TARGETS = {"v5e-8": "v5e:2x4", "v5p-8": "v5p:2x2x1", "v6e-8": "v6e:2x4", "tpu7x-8": "tpu7x:2x2x1"}
@@ -73,13 +74,14 @@ def _run(options: argparse.Namespace) -> int:
             sizes = (
                 f"{part['hbm_bytes_args'] / 1e9:.2f} GB arguments, {part['hbm_bytes_temp'] / 1e9:.2f} GB temporaries"
             )
-            print(f"{name:<8} {part['compile_s']:.1f} s, {sizes}, {part['flops'] / 1e12:.3g} TFLOP, {part['kernels']}")
+            work = f"{part['compiled_flops'] / 1e12:.4g} TFLOP"
+            print(f"{name:<8} {part['compile_s']:.1f} s, {sizes}, {work}, {part['kernels']}")
     print(json.dumps(found))
     return common.OK
 
 
 def compile_for(options: argparse.Namespace) -> dict[str, Any]:
-    """Compile both programs; bytes are of one chip, floating-point operations of all."""
+    """Compile both programs; bytes and compiled_flops are of one chip, flops, from the shapes, of all."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -135,6 +137,7 @@ def _compiled(lowered: Any) -> dict[str, Any]:
         "hbm_bytes_args": memory.argument_size_in_bytes,
         "hbm_bytes_temp": memory.temp_size_in_bytes,
         "kernels": sorted(set(own) | set(other)),
+        "compiled_flops": hlo_flops.flops(text),
         "sorts": len(re.findall(r"[ =]sort\(", text)),
     }
 

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from fastkv_jax.cli import common
+from fastkv_jax.cli.prompts import read_text
 from fastkv_jax.errors import FastKVConfigError, InputError
+from fastkv_jax.json_lines import values
 
 MOST_INTEGERS = 1000  # in one flag
 
@@ -116,7 +118,7 @@ def _rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         for flag in ("count", "tokens", "haystack", "seed"):
             if getattr(options, flag) is not None:
                 raise InputError(f"--{flag} and --input exclude each other")
-        return _json_lines(Path(options.input))
+        return _json_lines(options.input)
     if options.haystack is not None and not any(options.haystack.glob("*.txt")):
         raise InputError(f"--haystack {options.haystack} holds no .txt files")
     (shortest, longest), count = options.tokens or (2048, 2048), options.count or 16
@@ -126,18 +128,13 @@ def _rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [rows[2 * i + i % 2] for i in range(count)]  # one plain, the next with the beginning of its answer given
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    if path.is_dir():
-        raise InputError(f"--input {path} is a folder")
+def _json_lines(name: str) -> list[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # also text that is not UTF-8
-        raise InputError(f"{path} is not JSON lines: {error}") from error
+        rows = [row for _, row in values(read_text(name))]
+    except json.JSONDecodeError as error:
+        raise InputError(f"{name} is not JSON lines: {error}") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"each line of {path} must be an object with prompt and answer")
+        raise InputError(f"each line of {name} must be an object with prompt and answer")
     return rows
 
 

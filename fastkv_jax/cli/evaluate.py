@@ -23,9 +23,9 @@ import yaml
 from fastkv_jax import presets
 from fastkv_jax.cli import common, meshes, settings
 from fastkv_jax.errors import FastKVConfigError, InputError
-from fastkv_jax.methods import Method
+from fastkv_jax.methods import METHODS, Method
 
-RUN_KEYS = {"name", "method", "preset", "settings"}
+RUN_KEYS = {"name": str, "method": str, "preset": str, "settings": dict}
 TABLES = (("table.md", "as_markdown"), ("table.csv", "as_csv"), ("table.json", "as_json"))
 
 
@@ -150,7 +150,8 @@ def _grid(options: argparse.Namespace) -> dict[str, Any] | None:
                                 "file") from error  # fmt: skip
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise FastKVConfigError(f"{options.suite} is no YAML: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(found, dict) or not found.keys() >= {"suites", "runs"}:
+    lists = [found.get(part) for part in ("suites", "runs")] if isinstance(found, dict) else [None]
+    if not all(isinstance(part, list) and part for part in lists):
         raise FastKVConfigError(f"{options.suite} needs the lists 'suites' and 'runs'")
     strange = found.keys() - {"about", "share_prefill", "suites", "runs"}
     if strange:
@@ -171,8 +172,7 @@ def _suite_settings(entry: dict[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(SuiteSettings)}
     if not isinstance(entry, dict) or "suite" not in entry or entry.keys() - known:
         raise FastKVConfigError(f"a suite has the settings {', '.join(sorted(known))}, got {entry!r}")
-    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
-    return SuiteSettings(**given)
+    return SuiteSettings(**_no_lists(entry))
 
 
 def _runs(options: argparse.Namespace, grid: dict[str, Any] | None, model: str, layers: int) -> list[Run]:
@@ -181,12 +181,26 @@ def _runs(options: argparse.Namespace, grid: dict[str, Any] | None, model: str, 
         return [Run(options.method, method, preset.window_end == "question")]
     runs = []
     for entry in grid["runs"]:
-        if not isinstance(entry, dict) or not {"name", "method"} <= entry.keys() <= RUN_KEYS:
-            raise FastKVConfigError(f"a run has name, method, preset and settings, got {entry!r}")
+        if (
+            not isinstance(entry, dict)
+            or not {"name", "method"} <= entry.keys() <= RUN_KEYS.keys()
+            or not all(isinstance(value, RUN_KEYS[key]) for key, value in entry.items())
+        ):
+            raise FastKVConfigError(f"a run has name, method, preset, which are texts, and settings, got {entry!r}")
+        if entry["method"] not in METHODS:
+            raise FastKVConfigError(f"unknown method {entry['method']!r}; there are: {', '.join(METHODS)}")
         preset = presets.load(entry["preset"]) if "preset" in entry else presets.for_model(model)
-        method = presets.build(entry["method"], preset, entry.get("settings", {}), layers)
+        method = presets.build(entry["method"], preset, _no_lists(entry.get("settings", {})), layers)
         runs.append(Run(entry["name"], method, preset.window_end == "question"))
+    folders = [_slug(one.name) for one in runs]
+    for name in folders:
+        if not name or folders.count(name) > 1:
+            raise FastKVConfigError(f"each run needs a name that makes a folder of its own; {name!r} does not")
     return runs
+
+
+def _no_lists(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
 
 
 def _evaluate(options: argparse.Namespace, suites, grid, axes: dict[str, int], platform: str) -> int:
@@ -246,7 +260,7 @@ def _evaluate(options: argparse.Namespace, suites, grid, axes: dict[str, int], p
             with ExitStack() as stack:
                 outputs = [stack.enter_context(opened(one, len(together) > 1)) for one in together]
                 engines = tuple(map(engine, together))
-                company = OnePass(engines) if len(engines) > 1 else Alone(engines[0])
+                company = OnePass(engines) if len(engines) > 1 else Alone(*engines)
                 summaries = run_together(
                     samples, company, outputs, score=lambda sample, answer: suite_of[sample.task].score(sample, answer),
                     batch_tokens=options.batch_tokens, max_rows=options.max_rows, save_prompts=options.save_prompts,
@@ -295,20 +309,19 @@ def _slug(name: str) -> str:
 
 def _report(options: argparse.Namespace, runs: list[Run], built) -> None:
     """The table, on stdout and beside the runs; the needle's map of each run."""
-    import json
-
     from etils import epath
 
     from fastkv_jax.evals import heat_map, tables
+    from fastkv_jax.evals.records import merged
 
     out = epath.Path(options.output)
     done = []
     for one in runs:
-        results = out / _slug(one.name) / "results.jsonl"
-        if not results.exists():  # other processes are still at it
+        folder = out / _slug(one.name)
+        if not (folder / "results.jsonl").exists():  # other processes are still at it
             print(f"{one.name}: not all samples are answered yet", file=sys.stderr)
             continue
-        records = [json.loads(line) for line in results.read_text().splitlines()]
+        records = merged(folder)
         done.append(tables.Run(one.name, records))
         cells = [record for record in records if record["task"] == "needle"]
         if cells and not str(out).startswith("gs:"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkv_jax.errors import InputError
+from fastkv_jax.json_lines import values
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,13 @@ def _single(options: argparse.Namespace) -> Request:
         _check_text(stop, "--stop")
     parts = []
     if options.prompt_file is not None:
-        parts.append(_read(options.prompt_file))
+        parts.append(read_text(options.prompt_file))
     if options.prompt is not None:
-        parts.append(_read("-") if options.prompt == "-" else _check_text(options.prompt, "--prompt"))
+        parts.append(read_text("-") if options.prompt == "-" else _check_text(options.prompt, "--prompt"))
     if not parts:
         if sys.stdin is None or (options.dash is None and sys.stdin.isatty()):
             raise InputError("no prompt: give --prompt, --prompt-file, --input or pipe a text into stdin")
-        parts.append(_read("-"))
+        parts.append(read_text("-"))
     elif options.dash is not None:
         raise InputError("- and --prompt or --prompt-file exclude each other")
     prompt = "\n".join(parts)
@@ -89,8 +90,8 @@ def _single(options: argparse.Namespace) -> Request:
     return Request(None, prompt, options.system or None, options.prefill or None)
 
 
-def _read(name: str) -> str:
-    """A UTF-8 text without its byte-order mark."""
+def read_text(name: str) -> str:
+    """A UTF-8 text, "-" for stdin, without its byte-order mark; raises `InputError`."""
     if name == "-":
         data, label = sys.stdin.buffer.read(), "stdin"
     else:
@@ -118,24 +119,18 @@ def _check_text(text: str, label: str) -> str:
 
 
 def _json_lines(name: str) -> list[Request]:
-    requests = []
-    for number, line in enumerate(_read(name).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{name} line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{where} must be an object with a prompt, found {type(row).__name__}")
-        requests.append(_request(row, number, where))
+    try:
+        requests = [_request(row, number, f"{name} line {number}") for number, row in values(read_text(name))]
+    except json.JSONDecodeError as error:
+        raise InputError(f"{name} line {error.lineno} is not JSON: {error}") from error
     if not requests:
         raise InputError(f"{name} holds no prompts")
     return requests
 
 
-def _request(row: dict[str, Any], number: int, where: str) -> Request:
+def _request(row: Any, number: int, where: str) -> Request:
+    if not isinstance(row, dict):
+        raise InputError(f"{where} must be an object with a prompt, found {type(row).__name__}")
     text: Callable[[str], str | None] = lambda field: _text_field(row, field, where)  # noqa: E731
     prompt = text("prompt")
     if prompt is None or not prompt.strip():

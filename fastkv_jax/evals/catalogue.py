@@ -4,7 +4,7 @@ import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from fastkv_jax.errors import FastKVConfigError
 from fastkv_jax.evals import longbench, needle_grid, ruler, ruler_generator, scorers
@@ -61,6 +61,11 @@ USES = {
 def check(settings: SuiteSettings) -> None:
     """Raise `FastKVConfigError` for what cannot work, before a tokenizer is there."""
     s = settings
+    for name, kind in get_type_hints(SuiteSettings).items():  # a grid's file may hold anything
+        value, items = getattr(s, name), get_args(kind)[0] if get_origin(kind) is tuple else None
+        if not isinstance(value, tuple if items else kind) or (items and not all(isinstance(v, items) for v in value)):
+            what = f"a list of {items.__name__}" if items else getattr(kind, "__name__", kind)
+            raise FastKVConfigError(f"{name} must be {what}, got {value!r}")
     if s.suite not in USES:
         raise FastKVConfigError(f"suite must be one of {', '.join(USES)}, got {s.suite!r}")
     given = {"tasks": s.tasks, "lengths": s.lengths, "samples": s.samples, "depths": s.depths, "data": s.data,

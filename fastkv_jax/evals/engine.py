@@ -22,6 +22,7 @@ from fastkv_jax.evals.memory_maps import forget_programs_if_many
 from fastkv_jax.evals.one_pass import prefill_all
 from fastkv_jax.evals.protocols import Protocol
 from fastkv_jax.evals.sample import Encoded, Sample
+from fastkv_jax.inputs import static_tail
 from fastkv_jax.methods import ASL, FullKV, Method
 from fastkv_jax.model import Llama
 from fastkv_jax.ops import Kernels
@@ -52,7 +53,7 @@ class ModelEngine:
     protocol: Protocol | None = None  # how prompts are cut and answers end; None: ours
     kernels: Kernels | None = None
     kv_dtype: str | None = None
-    seen: set[tuple[int, ...]] = field(default_factory=set, compare=False, repr=False)
+    seen: set[tuple[int, ...]] = field(default_factory=set, init=False, compare=False, repr=False)
 
     def encode(self, sample: Sample) -> Encoded:
         """The sample's prompt; what is too long with its answer is cut, which the record shows."""
@@ -73,7 +74,8 @@ class ModelEngine:
     def _answer(self, batch: Sequence[Encoded]) -> list[dict[str, Any]]:
         before = _compilations()
         new = max(prompt.sample.max_new_tokens for prompt in batch)
-        shape = (len(batch), bucket_for(max(len(prompt.tokens) for prompt in batch)), new)
+        columns, ends = bucket_for(max(len(prompt.tokens) for prompt in batch)), self._window_ends(batch)
+        shape = (len(batch), columns, new, static_tail(ends))
         if shape not in self.seen:
             self._read(batch, new, compile_only=True)
             self.seen.add(shape)
@@ -116,7 +118,10 @@ class ModelEngine:
     def _batched(self, batch: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, start and window_end, as prefill takes them."""
         tokens, start = pad_batch([prompt.tokens for prompt in batch])
-        return tokens, start, np.array([prompt.window_end * self.window_at_question for prompt in batch], np.int32)
+        return tokens, start, self._window_ends(batch)
+
+    def _window_ends(self, batch: Sequence[Encoded]) -> np.ndarray:
+        return np.array([prompt.window_end * self.window_at_question for prompt in batch], np.int32)
 
     def _split(self, prompt: Encoded) -> tuple[list[int], list[int]]:
         """Context and question; the template behind the question goes with it."""

@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from fastkv_jax.errors import InputError
+from fastkv_jax.json_lines import values
 
 Check = Callable[[Any], bool]
 IS: Mapping[str, Check] = {
@@ -28,21 +29,17 @@ def read(path: str | os.PathLike[str], fields: Mapping[str, str]) -> list[tuple[
 
     Empty lines are passed over. Raises `InputError`.
     """
-    rows = []
-    # Only "\n" ends a line: U+2028 and its like may stand within JSON strings.
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if line.strip():
-            rows.append((number, _row(f"{path}, line {number}", line, fields)))
+    try:
+        rows = [(number, _row(f"{path}, line {number}", row, fields)) for number, row in values(_text(path))]
+    except json.JSONDecodeError as error:
+        where = f"{path}, line {error.lineno}"
+        raise InputError(f"{where}: not whole JSON ({error.msg} at column {error.colno})") from error
     if not rows:
         raise InputError(f"{path}: the file holds no samples")
     return rows
 
 
-def _row(where: str, line: str, fields: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not whole JSON ({error.msg} at column {error.colno})") from error
+def _row(where: str, row: Any, fields: Mapping[str, str]) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise InputError(f"{where}: must be a JSON object, got {type(row).__name__}")
     for name, kind in fields.items():

@@ -23,7 +23,7 @@ from fastkv_jax.evals.sample import Encoded, Sample
 from fastkv_jax.scoring import next_token_scores
 
 NO_ROLLING = (
-    "fastkv_jax: the likelihood of a whole text has no prompt to compress; use tasks with a context, or "
+    "the likelihood of a whole text has no prompt to compress; use tasks with a context, or "
     "evaluate.py --suite perplexity"
 )
 
@@ -53,7 +53,7 @@ class FastKVModel(LM):
         del device, max_batch_size
         found = checkpoint.resolve(model)
         config = checkpoint.inspect(found)
-        chosen = presets.load(preset) if preset else presets.for_model(model)
+        chosen = presets.load(preset) if preset else presets.for_model(found.name)
         built = presets.build(method, chosen, settings, config.num_layers)
         limit = config.max_position_embeddings if max_length is None else int(max_length)
         if not 1 <= limit <= config.max_position_embeddings:
@@ -173,4 +173,4 @@ class FastKVModel(LM):
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Not defined here."""
-        raise NotImplementedError(NO_ROLLING)
+        raise FastKVConfigError(NO_ROLLING)

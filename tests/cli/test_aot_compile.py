@@ -40,6 +40,15 @@ def test_at_131072_tokens_it_takes_no_more_memory_than_full_context():
     assert fast["hbm_bytes_temp"] <= full["hbm_bytes_temp"]
 
 
+def test_the_compiled_loops_do_no_more_work_than_the_arithmetic_says():
+    full, fast = (compiled("v5e-8", method, "--tokens", "131072") for method in ("full", "fastkv"))
+    for found in (full, fast):
+        assert found["compiled_flops"] == pytest.approx(found["flops"] / 8, rel=0.02)
+    ratio = full["flops"] / fast["flops"]
+    assert 1.8 < ratio < 1.9
+    assert full["compiled_flops"] / fast["compiled_flops"] == pytest.approx(ratio, rel=0.02)
+
+
 def test_no_sort_is_in_a_compiled_prefill_or_step():
     found = compiled("v5e-8", "fastkv", "--tokens", "32768")
     assert found["sorts"] == found["decode"]["sorts"] == 0

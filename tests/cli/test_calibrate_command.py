@@ -49,8 +49,9 @@ def test_a_table_a_preset_and_a_picture(run):
 
 
 def test_rows_from_a_file_and_json(run):
-    row = {"prompt": "The lamp is in the cellar. " * 20 + "Where is it?", "answer": "cellar"}
-    Path("rows.jsonl").write_text(json.dumps(row) + "\n\n" + json.dumps({**row, "prefill": "In the"}) + "\n")
+    row = {"prompt": "The lamp is in the cellar.\u2028" * 20 + "Where is it?", "answer": "cellar"}
+    lines = [json.dumps(row, ensure_ascii=False), "", json.dumps({**row, "prefill": "In the"})]
+    Path("rows.jsonl").write_text("\n".join(lines) + "\n")
     code, out, err = run("--input", "rows.jsonl", *FEW, "--json", "--quiet", "--timed")
     answer = json.loads(out)
     assert code == 0 and err == "" and out.count("\n") == 1
@@ -77,6 +78,8 @@ MISTAKES = {
     "--haystack .": "--haystack . holds no .txt files",
     "--input none.jsonl": "cannot read none.jsonl: No such file or directory",
     "--input bad.jsonl": "bad.jsonl is not JSON lines: Expecting value: line 1 column 1 (char 0)",
+    "--input third.jsonl": "third.jsonl is not JSON lines: Expecting value: line 3 column 5 (char 21)",
+    "--input .": ". is a folder, not a text file",
     "--input list.jsonl": "each line of list.jsonl must be an object with prompt and answer",
     "--input row.jsonl": "row 1: answer must be a text, found None",
     "--input row.jsonl --count 3": "--count and --input exclude each other",
@@ -88,6 +91,7 @@ MISTAKES = {
 @pytest.mark.parametrize("flags", MISTAKES)
 def test_mistakes_are_one_line_before_weights_load(flags, run, monkeypatch):
     monkeypatch.setattr(checkpoint, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
-    for name, text in (("bad", "nonsense"), ("list", "[1]"), ("row", '{"prompt": "x"}')):
+    row = '{"prompt": "x"}'
+    for name, text in (("bad", "nonsense"), ("third", f"{row}\n\n[1, nonsense"), ("list", "[1]"), ("row", row)):
         Path(f"{name}.jsonl").write_text(text)
     assert run("--quiet", *flags.split()) == (2, "", f"error: {MISTAKES[flags].format(here=Path.cwd())}\n")

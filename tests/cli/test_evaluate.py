@@ -2,17 +2,23 @@
 
 import json
 import os
+import resource
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from etils import epath
+from etils.epath import backend
 
 from fastkv_jax.cli import evaluate
+from fastkv_jax.evals import locks
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate.py"
-NEEDLES = ["--suite", "needle", "--lengths", "900", "--depths", "3", "--platform", "cpu", "--no-compile-cache"]
+QUICK = ["--platform", "cpu", "--no-compile-cache"]
+NEEDLES = ["--suite", "needle", "--lengths", "900", "--depths", "3", *QUICK]
 TIMES = ("ttft_s", "token_s", "compiled", "rows")
 
 
@@ -65,12 +71,50 @@ def test_a_grid_runs_every_method(tmp_path, tiny_model, capsys):
           - {name: "Full, all", method: full}
           - {name: SnapKV 30 %, method: snapkv, settings: {retention_rate: 0.3, min_prompt_to_compress: 0}}
     """)
-    flags = ["--suite", str(grid), "--model", str(tiny_model), "--platform", "cpu", "--quiet", "--no-compile-cache"]
+    flags = [*QUICK, "--suite", str(grid), "--model", str(tiny_model), "--quiet"]
     assert evaluate.main([*flags, "--output", str(tmp_path / "out")]) == 0
     full, snap = (records(tmp_path / "out" / name)[0] for name in ("full-all", "snapkv-30"))
     assert 0 < full["nll"] != snap["nll"] and full["kv_bytes"] == 1.0 and 0.25 < snap["kv_bytes"] < 0.35
     out = capsys.readouterr().out
     assert "nats/token" in out and f"{full['nll']:.3f}" in out and "SnapKV 30 %" in out
+
+
+def test_a_grid_may_share_its_prefills_and_the_answers_are_the_same(tmp_path, tiny_model, capsys):
+    grid = """
+        suites:
+          - {suite: needle, lengths: [600], depths: 2}
+          - {suite: perplexity, lengths: [500], samples: 1}
+        runs:
+          - {name: full, method: full}
+          - {name: fastkv, method: fastkv, settings: {min_prompt_to_compress: 0}}
+          - {name: snapkv, method: snapkv, settings: {retention_rate: 0.3, min_prompt_to_compress: 0}}
+    """
+    for name, more in (("alone", ""), ("shared", "\n        share_prefill: true")):
+        (tmp_path / f"{name}.yaml").write_text(grid + more)
+        flags = [*QUICK, "--suite", str(tmp_path / f"{name}.yaml"), "--model", str(tiny_model), "--max-rows", "1"]
+        assert evaluate.main([*flags, "--quiet", "--output", str(tmp_path / name)]) == 0
+    for method in ("full", "fastkv", "snapkv"):
+        alone, shared = (records(tmp_path / name / method) for name in ("alone", "shared"))
+        for one, other in zip(alone, shared, strict=True):
+            assert (one.pop("config_hash") == other.pop("config_hash")) == (method == "fastkv")
+            assert one.pop("nll", 0) == pytest.approx(other.pop("nll", 0), rel=1e-4) and one == other
+        timed = [json.loads(line) for line in (tmp_path / "shared" / method / "results.jsonl").read_text().splitlines()]
+        assert all(("ttft_s" in record) == (method == "fastkv") for record in timed)
+        assert timed[1]["compiled"] == 0  # the second needle is of the first one's shape
+    names = [row["name"] for row in json.loads((tmp_path / "shared" / "table.json").read_text())]
+    assert names == ["full", "fastkv", "snapkv"]
+    for flag in (["--kv-dtype", "int8"], ["--query-agnostic"], ["--mesh", "data=2"]):
+        capsys.readouterr()
+        assert evaluate.main([*flags, *flag, "--output", str(tmp_path / "refused")]) == 2
+        assert_one_line(capsys, "shared.yaml shares prefills: not with --query-agnostic, --kv-dtype, --mesh")
+
+
+def test_only_the_first_batch_of_a_shape_is_compiled(tmp_path, needles):
+    flags = ["--max-rows", "1", "--retention-rate", "0.13", "--quiet"]
+    assert evaluate.main([*needles, *flags, "--output", str(tmp_path)]) == 0
+    lines = (tmp_path / "fastkv" / "part-0-1.jsonl").read_text().splitlines()
+    first, *later = (json.loads(line)["compiled"] for line in lines)
+    assert first > 0 and later == [0, 0]
 
 
 def test_two_processes_share_the_samples(tmp_path, done, needles):
@@ -89,6 +133,139 @@ def test_two_processes_share_the_samples(tmp_path, done, needles):
     assert [process.returncode for process in running] == [0, 0], ended
     assert records(tmp_path / "out" / "fastkv") == records(done / "fastkv")
     assert {path.name for path in (tmp_path / "out" / "fastkv").glob("part-*")} == {"part-0-1.jsonl", "part-1-1.jsonl"}
+
+
+# ------------------------------------------------------------------------------------------------------ disturbed
+
+
+def cut(folder: Path, line: int) -> None:
+    """Half of a line is gone, the last one's end with it, and there are no results yet."""
+    lines = (folder / "part-0-1.jsonl").read_bytes().split(b"\n")[:-1]
+    lines[line - 1] = lines[line - 1][:40]
+    (folder / "part-0-1.jsonl").write_bytes(b"\n".join(lines) + b"\n" * (line < len(lines)))
+    (folder / "results.jsonl").unlink()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".lock")}
+
+
+def assert_one_line(capsys, message: str) -> None:
+    out, err = capsys.readouterr()
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1 and out == ""
+
+
+@pytest.fixture
+def again(tmp_path, done, needles):
+    """A copy of what was done, and the command for it."""
+    shutil.copytree(done, tmp_path / "out")
+    return tmp_path / "out" / "fastkv", [*needles, "--quiet", "--output", str(tmp_path / "out")]
+
+
+def test_a_torn_last_line_is_dropped_and_asked_again(again, done, capsys):
+    folder, command = again
+    cut(folder, 3)
+    assert evaluate.main(command) == 0 and capsys.readouterr().err == ""
+    assert records(folder) == records(done / "fastkv")
+
+
+def test_a_torn_line_in_the_middle_is_refused_with_its_number(again, capsys):
+    folder, command = again
+    cut(folder, 2)
+    before = files(folder)
+    assert evaluate.main(command) == 2
+    assert_one_line(capsys, "part-0-1.jsonl, line 2, is damaged")
+    assert files(folder) == before
+
+
+def test_a_second_process_is_refused_while_the_first_writes(again, done, capsys):
+    folder, command = again
+    cut(folder, 3)
+    before = files(folder)
+    with locks.held(epath.Path(folder), 0, 1):
+        assert evaluate.main(command) == 2
+        assert_one_line(capsys, f"fastkv is in use by process {os.getpid()} on ")
+    assert files(folder) == before
+    assert evaluate.main(command) == 0 and records(folder) == records(done / "fastkv")
+
+
+def test_a_full_disk_is_one_line_and_with_room_the_run_goes_on(tmp_path, needles, capsys):
+    command = [*needles, "--quiet", "--save-prompts", "--output"]
+    assert evaluate.main([*command, str(tmp_path / "undisturbed")]) == 0
+    whole = (tmp_path / "undisturbed" / "fastkv" / "part-0-1.jsonl").stat().st_size
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    capsys.readouterr()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (whole - 100, most))  # files grow no further
+    try:
+        assert evaluate.main([*command, str(tmp_path / "out")]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert_one_line(capsys, "out/fastkv/part-0-1.jsonl: File too large")
+    kept = (tmp_path / "out" / "fastkv" / "part-0-1.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(kept) == 3 and not kept[2].endswith(b"\n")
+    assert evaluate.main([*command, str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "fastkv" / "part-0-1.jsonl").read_bytes() == b"".join(kept[:2])
+    assert records(tmp_path / "out" / "fastkv") == records(tmp_path / "undisturbed" / "fastkv")
+
+
+def test_an_answer_may_hold_any_character(again):
+    folder, command = again
+    part = folder / "part-0-1.jsonl"
+    record = json.loads(part.read_text().split("\n")[0])
+    record["prediction"] = "one\u2028two\x85three"
+    part.write_text(json.dumps(record, ensure_ascii=False) + "\n")
+    assert evaluate.main(command) == 0
+
+
+# -------------------------------------------------------------------------------------------------------- refused
+
+
+def test_a_damaged_data_file_is_named_with_line_and_field(tmp_path, tiny_model, capsys):
+    row = {"input": "Who?", "context": "Ann.", "answers": ["Ann"], "length": 3, "dataset": "hotpotqa", "language": "en",
+           "all_classes": None, "_id": "1"}  # fmt: skip
+    flags = [*QUICK, "--suite", "longbench", "--tasks", "hotpotqa", "--data", str(tmp_path), "--quiet"]
+    for line, message in (
+        (json.dumps(row)[:30], "hotpotqa.jsonl, line 2: not whole JSON"),
+        (json.dumps({**row, "context": None}), "hotpotqa.jsonl, line 2: field 'context' must be text, got null"),
+        ('{"input": "Who?"}', "hotpotqa.jsonl, line 2: there is no field 'context'"),
+    ):
+        (tmp_path / "hotpotqa.jsonl").write_text(f"{json.dumps(row)}\n{line}\n{json.dumps(row)}\n")
+        assert evaluate.main([*flags, "--model", str(tiny_model), "--output", str(tmp_path / "out")]) == 2
+        assert_one_line(capsys, message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bucket_without_its_package_names_the_extra(needles, tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    assert evaluate.main([*needles, "--quiet", "--output", "gs://bucket/x"]) == 2
+    assert_one_line(capsys, "pip install 'fastkv-jax[gcs]'")
+    flags = [*QUICK, "--model", str(tiny_model), "--quiet", "--data", "gs://bucket/x", "--output", str(tmp_path / "o")]
+    for suite in (["longbench"], ["ruler", "--lengths", "900"]):
+        assert evaluate.main([*flags, "--suite", *suite]) == 2
+        assert_one_line(capsys, "pip install 'fastkv-jax[gcs]'")
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("suites", "runs", "message"),
+    [
+        ("3", "[{name: a, method: full}]", "needs the lists 'suites' and 'runs'"),
+        ("[{suite: perplexity, lengths: [300]}]", "[]", "needs the lists 'suites' and 'runs'"),
+        ("[{suite: perplexity, lengths: 300}]", "[{name: a, method: full}]", "lengths must be a list of int, got 300"),
+        ("[{suite: perplexity, words: 300}]", "[{name: a, method: full}]", "a suite has the settings data, depths,"),
+        ("[{suite: perplexity, lengths: [300]}]", "[{name: 10, method: full}]", "a run has name, method, preset"),
+        ("[{suite: perplexity, lengths: [300]}]", "[{name: a, method: own}]", "unknown method 'own'; there are: full"),
+        ("[{suite: perplexity, lengths: [300]}]", "[{name: A 1, method: full}, {name: a-1, method: full}]",
+         "each run needs a name that makes a folder of its own; 'a-1' does not"),
+    ],
+)  # fmt: skip
+def test_a_grid_that_cannot_be_is_one_line(suites, runs, message, tmp_path, tiny_model, capsys):
+    (tmp_path / "grid.yaml").write_text(f"suites: {suites}\nruns: {runs}\n")
+    flags = [*QUICK, "--suite", str(tmp_path / "grid.yaml"), "--model", str(tiny_model), "--quiet"]
+    assert evaluate.main([*flags, "--output", str(tmp_path / "out")]) == 2
+    assert_one_line(capsys, message)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

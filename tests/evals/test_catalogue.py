@@ -5,6 +5,7 @@ import json
 import pytest
 
 import fastkv_jax as fk
+from fastkv_jax.evals import longbench
 from fastkv_jax.evals.catalogue import SuiteSettings, build, check
 
 COUNT = lambda words: len(words.split())  # noqa: E731 - a tokenizer of words
@@ -15,6 +16,10 @@ COUNT = lambda words: len(words.split())  # noqa: E731 - a tokenizer of words
     [
         ({"suite": "rulers"}, "suite must be one of ruler, longbench, needle, perplexity, got 'rulers'"),
         ({"suite": "ruler"}, "suite ruler needs lengths, in tokens"),
+        ({"suite": "ruler", "lengths": 900}, "lengths must be a list of int, got 900"),
+        ({"suite": "ruler", "lengths": ("x",)}, r"lengths must be a list of int, got \('x',\)"),
+        ({"suite": "ruler", "lengths": (900,), "samples": "x"}, r"samples must be int \| None, got 'x'"),
+        ({"suite": 3}, "suite must be str, got 3"),
         ({"suite": "needle", "lengths": (0,)}, "lengths must be >= 1, got 0"),
         ({"suite": "needle", "lengths": (900,), "samples": 3}, "suite needle has no use for samples=3"),
         ({"suite": "ruler", "lengths": (900,), "samples": 0}, "samples must be >= 1, got 0"),
@@ -54,7 +59,32 @@ def test_longbench_counts_the_first_line_where_the_original_does(tmp_path):
     (tmp_path / "triviaqa.jsonl").write_text(json.dumps(row) + "\n")
     suite = build(SuiteSettings("longbench", ("triviaqa",), data=str(tmp_path)), COUNT, 0)
     assert suite.score(suite.samples[0], {"prediction": "Paris\nQuestion: and more"}).score == 1.0
-    assert "triviaqa" in suite.groups["few_shot"]
+
+
+def test_longbench_has_the_paper_s_averages_if_all_tasks_are_there(tmp_path):
+    row = {"input": "Q?", "context": "C.", "answers": ["x"], "length": 9, "dataset": "any", "language": "en",
+           "all_classes": ["x"], "_id": "a"}  # fmt: skip
+    for task in longbench.TASKS:
+        (tmp_path / f"{task}.jsonl").write_text(json.dumps(row) + "\n")
+    suite = build(SuiteSettings("longbench", data=str(tmp_path)), COUNT, 0)
+    rows = [{"task": sample.task, "group": sample.group, "score": sample.task == "lcc"} for sample in suite.samples]
+    found = {name: mean.mean for name, mean in suite.averages(rows).items()}
+    assert list(found) == [*longbench.GROUPS, "LongBench", "LongBench, by task"]
+    assert found["code"] == 50 and found["few_shot"] == 0
+    assert (found["LongBench"], found["LongBench, by task"]) == pytest.approx((50 / 6, 100 / 16))
+    assert suite.averages(rows[:4]).keys() == {"LongBench, some tasks"}
+
+
+def test_ruler_and_needles_are_averaged_by_length():
+    for suite in (
+        SuiteSettings("ruler", ("vt", "cwe"), (900, 1200), samples=1),
+        SuiteSettings("needle", (), (200, 300)),
+    ):
+        built = build(suite, COUNT, 0)
+        rows = [{"task": s.task, "group": s.group, "score": str(suite.lengths[1]) in s.group} for s in built.samples]
+        heading = {"ruler": "RULER"}.get(suite.suite, suite.suite)
+        means = {name: mean.mean for name, mean in built.averages(rows).items()}
+        assert means == {f"{heading} {suite.lengths[0]}": 0, f"{heading} {suite.lengths[1]}": 100}
 
 
 def test_a_text_is_read_to_three_quarters():

@@ -9,7 +9,7 @@ import pytest
 import fastkv_jax as fk
 from fastkv_jax import text
 from fastkv_jax.evals import needle_grid, prompts
-from fastkv_jax.evals.engine import ModelEngine
+from fastkv_jax.evals.engine import ModelEngine, OnePass
 from fastkv_jax.evals.protocols import FASTKV, UPSTREAM
 from fastkv_jax.evals.sample import Sample
 
@@ -49,6 +49,24 @@ def test_a_ragged_batch_answers_as_each_row_alone(engine, needles):
         assert 0.4 < answer["kv_bytes"] < 0.6 and 0.5 < answer["prefill_flops"] < 0.9
         assert answer["ttft_s"] > 0 and answer["token_s"] > 0
     assert engine.answer(batch)[0]["compiled"] == 0
+
+
+def test_one_pass_answers_as_each_engine_alone(engine, needles):
+    rest = Sample("perplexity", "0", needles[0].context, "", (" The boats come back at night.",), 0, chat=False)
+    settings = {"retention_rate": 0.3, "window_size": 16, "min_prompt_to_compress": 0}
+    methods = (fk.SnapKV(**settings, kernel_size=21), fk.AdaKV(**settings))
+    engines = tuple(dataclasses.replace(engine, method=method) for method in methods)
+    for samples in (needles[:2], [rest]):
+        batch = [engine.encode(sample) for sample in samples]
+        together = OnePass(engines).answer_all(batch)
+        for mine, one in zip(together, engines, strict=True):
+            alone = one.answer(batch)
+            for answer, other in zip(mine, alone, strict=True):
+                assert answer.pop("nll", 0) == pytest.approx(other.pop("nll", 0), rel=1e-4)
+            assert without_times(mine) == without_times(alone)
+            assert "ttft_s" in alone[0] and "ttft_s" not in mine[0]  # the seconds are of all methods together
+            assert ("token_s" in mine[0]) == (samples != [rest])
+    assert together[0][0]["kv_bytes"] == pytest.approx(0.3, abs=0.02)
 
 
 def test_an_answer_ends_before_its_stop(engine, needles):

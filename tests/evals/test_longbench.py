@@ -119,6 +119,8 @@ def test_a_torn_line_is_named(tmp_path):
         longbench.read(write(tmp_path, ROW, torn), "qasper")
     with pytest.raises(InputError, match="line 1: not whole JSON"):
         longbench.read(write(tmp_path, torn + json.dumps(ROW)), "qasper")  # appended to after a cut
+    with pytest.raises(InputError, match="line 1: not whole JSON .*recursion"):
+        longbench.read(write(tmp_path, "[" * 100_000), "qasper")
     with pytest.raises(InputError, match="line 1: must be a JSON object, got list"):
         longbench.read(write(tmp_path, "[1]"), "qasper")
 

@@ -10,11 +10,12 @@ import sys
 import time
 from array import array
 from pathlib import Path
+from typing import Any
 
 import fake_evaluation
 import pytest
 from etils import epath
-from fake_evaluation import FakeEngine, evaluate, samples, without_timings
+from fake_evaluation import CONFIG, FakeEngine, evaluate, samples, without_timings
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +24,7 @@ from fastkv_jax.buckets import bucket_for
 from fastkv_jax.errors import FastKVConfigError, InputError, Terminated
 from fastkv_jax.evals import parts as writers
 from fastkv_jax.evals import progress, runner
+from fastkv_jax.evals.folder import opened
 from fastkv_jax.evals.records import merged, parts
 from fastkv_jax.evals.sample import Sample
 from fastkv_jax.evals.scorers import Scored
@@ -129,6 +131,16 @@ def test_an_engine_must_not_write_the_runners_fields(tmp_path):
         evaluate(tmp_path, Cheating())
 
 
+def test_too_few_answers_are_refused(tmp_path):
+    class Forgetful(FakeEngine):
+        def answer(self, prompts):
+            return super().answer(prompts)[1:]
+
+    with pytest.raises(ValueError, match=r"^\[\d\] answers to \d questions$"):
+        evaluate(tmp_path, Forgetful())
+    assert not parts(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["batch_tokens", "max_rows"])
 def test_settings_that_are_refused(name, tmp_path):
     with pytest.raises(FastKVConfigError, match=f"{name} must be >= 1, got 0"):
@@ -153,7 +165,8 @@ def test_batches_are_of_one_shape_and_not_too_large(lengths, batch_tokens, max_r
     columns = [bucket_for(len(batch[0].tokens)) for batch in batches]
     assert columns == sorted(columns, reverse=True)
     for batch, width in zip(batches, columns, strict=True):
-        assert {job.shape for job in batch} == {(width, batch[0].sample.max_new_tokens)}
+        answers = [job.sample.max_new_tokens for job in batch]
+        assert {job.shape for job in batch} == {(width, answers[0] > 0)} and answers == sorted(answers, reverse=True)
         assert len(batch) == 1 or (len(batch) <= max_rows and len(batch) * width <= batch_tokens)
     full = {}
     for batch in batches:  # no more batches than needed
@@ -176,6 +189,70 @@ def test_a_half_done_batch_is_answered_whole_and_recorded_once(tmp_path, undistu
             later.path.unlink()
 
 
+# ------------------------------------------------------------------------------------------------------ together
+
+
+class Backwards(FakeEngine):
+    """Another method: it says the same from its end."""
+
+    def answer(self, prompts):
+        return [{**answer, "prediction": answer["prediction"][::-1]} for answer in super().answer(prompts)]
+
+
+class Company:
+    """Both methods."""
+
+    def __init__(self, **options: Any):
+        self.engines = FakeEngine(**options), Backwards()
+        self.encode = self.engines[0].encode
+
+    def answer_all(self, batch):
+        return [engine.answer(batch) for engine in self.engines]
+
+
+def evaluate_together(folder: Path, company: Company | None = None) -> list[runner.Summary]:
+    with opened(folder / "one", CONFIG) as one, opened(folder / "other", CONFIG) as other:
+        return runner.run_together(
+            samples(), company or Company(), [one, other], score=fake_evaluation.score, batch_tokens=1024, max_rows=4
+        )
+
+
+@pytest.fixture(scope="module")
+def other_undisturbed(tmp_path_factory):
+    target = tmp_path_factory.mktemp("undisturbed") / "run"
+    evaluate(target, Backwards())
+    return without_timings(merged(target))
+
+
+def test_methods_that_answer_together_write_what_each_writes_alone(tmp_path, undisturbed, other_undisturbed):
+    assert evaluate_together(tmp_path) == [runner.Summary(samples=60, answered=60, found=0, failed=0, missing=0)] * 2
+    assert without_timings(merged(tmp_path / "one")) == undisturbed
+    assert without_timings(merged(tmp_path / "other")) == other_undisturbed != undisturbed
+
+
+def test_of_two_methods_one_was_interrupted(tmp_path, undisturbed, other_undisturbed):
+    evaluate(tmp_path / "one")
+    evaluate(tmp_path / "other", Backwards())
+    part = tmp_path / "other" / "part-0-1.jsonl"
+    kept = part.read_bytes().splitlines(keepends=True)
+    part.write_bytes(b"".join(kept[:22]) + kept[22][:-1])
+    (tmp_path / "other" / "results.jsonl").unlink()
+    company = Company()
+    one, other = evaluate_together(tmp_path, company)
+    assert (one.found, one.answered, other.found, other.answered) == (60, 0, 22, 38)
+    assert 38 <= sum(map(len, company.engines[0].batches)) < 42  # whole batches, and only those with something to do
+    assert lines(tmp_path / "one") == lines(tmp_path / "other") == 60
+    assert without_timings(merged(tmp_path / "one")) == undisturbed
+    assert without_timings(merged(tmp_path / "other")) == other_undisturbed
+
+
+def test_what_one_method_has_no_memory_for_fails_for_all(tmp_path):
+    summaries = evaluate_together(tmp_path, Company(fails=lambda batch: any(p.sample.id == "5" for p in batch)))
+    assert [summary.failed for summary in summaries] == [1, 1]
+    for name in ("one", "other"):
+        assert [record["id"] for record in merged(tmp_path / name) if "error" in record] == ["5"]
+
+
 # ------------------------------------------------------------------------------------------------- out of memory
 
 
@@ -189,7 +266,7 @@ def test_a_batch_too_large_is_halved_down_to_rows_that_are_recorded_as_failed(er
     engine = FakeEngine(fails=fails)
     summary = evaluate(tmp_path, engine)
     assert summary.failed == 2 and summary.missing == 0
-    tried = [(len(batch), bucket_for(len(batch[0].tokens)), batch[0].sample.max_new_tokens) for batch in engine.batches]
+    tried = [(len(batch), bucket_for(len(batch[0].tokens))) for batch in engine.batches]
     assert all(tried.count(size) == 1 for size in set(tried) if size[0] > 2)  # it is not tried again and again
     for record, other in zip(merged(tmp_path), undisturbed, strict=True):
         if record["id"] in ("5", "17"):
