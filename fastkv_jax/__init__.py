@@ -5,39 +5,74 @@ G = H/K, N cache heads (K, or H where a published method caches per query head),
 V vocabulary, C capacity, M new tokens, W window. Arrays are laid out [B, heads, tokens, D].
 """
 
-from fastkv_jax.buckets import pad_batch
-from fastkv_jax.cache_file import load_cache, save_cache
-from fastkv_jax.calibrate import calibrate
-from fastkv_jax.checkpoint import load_model
-from fastkv_jax.config import LlamaConfig
-from fastkv_jax.errors import BackendError, CheckpointError, FastKVConfigError, InputError
-from fastkv_jax.explain import explain
-from fastkv_jax.generation import generate
-from fastkv_jax.inference import decode_step, prefill
-from fastkv_jax.methods import (
-    ASL,
-    CLAA,
-    H2O,
-    METHODS,
-    TOVA,
-    AdaKV,
-    CriticalKV,
-    ExpectedAttention,
-    FastKV,
-    FullKV,
-    GemFilter,
-    KeyDiff,
-    Knorm,
-    PyramidInfer,
-    PyramidKV,
-    SnapKV,
-    StreamingLLM,
-)
-from fastkv_jax.sampling import Greedy, Sample
-from fastkv_jax.stream import stream
-from fastkv_jax.text import load_tokenizer
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastkv_jax.buckets import pad_batch
+    from fastkv_jax.cache_file import load_cache, save_cache
+    from fastkv_jax.calibrating import calibrate
+    from fastkv_jax.checkpoint import load_model
+    from fastkv_jax.config import LlamaConfig
+    from fastkv_jax.errors import BackendError, CheckpointError, FastKVConfigError, InputError
+    from fastkv_jax.explaining import explain
+    from fastkv_jax.generation import generate
+    from fastkv_jax.inference import decode_step, prefill
+    from fastkv_jax.methods import (
+        ASL,
+        CLAA,
+        H2O,
+        METHODS,
+        TOVA,
+        AdaKV,
+        CriticalKV,
+        ExpectedAttention,
+        FastKV,
+        FullKV,
+        GemFilter,
+        KeyDiff,
+        Knorm,
+        PyramidInfer,
+        PyramidKV,
+        SnapKV,
+        StreamingLLM,
+    )
+    from fastkv_jax.sampling import Greedy, Sample
+    from fastkv_jax.streaming import stream
+    from fastkv_jax.text import load_tokenizer
 
 __version__ = "0.1.0"
+
+# Imported when first asked for: help texts and errors of the command line must not wait for all of them.
+_HOMES = {
+    "buckets": "pad_batch",
+    "cache_file": "load_cache save_cache",
+    "calibrating": "calibrate",
+    "checkpoint": "load_model",
+    "config": "LlamaConfig",
+    "errors": "BackendError CheckpointError FastKVConfigError InputError",
+    "explaining": "explain",
+    "generation": "generate",
+    "inference": "decode_step prefill",
+    "methods": "ASL CLAA H2O METHODS TOVA AdaKV CriticalKV ExpectedAttention FastKV FullKV GemFilter KeyDiff Knorm "
+    "PyramidInfer PyramidKV SnapKV StreamingLLM",
+    "sampling": "Greedy Sample",
+    "streaming": "stream",
+    "text": "load_tokenizer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names.split():
+            value = globals()[name] = getattr(importlib.import_module(f"fastkv_jax.{home}"), name)
+            return value
+    raise AttributeError(f"module 'fastkv_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
 
 __all__ = [
     "ASL",

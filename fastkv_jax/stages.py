@@ -222,13 +222,6 @@ def run_layers(
         block = model.layer(index)
         q, k, v = block.qkv(x, cos, sin)
         k, v = (split(a, model.mesh, DATA, MODEL) for a in (k, v))  # gathered once, for attention and for scores
-        with jax.named_scope("attention"):
-            if past is None:
-                attended = attention(q, k, v, rows.start, platform=static.platform, mesh=model.mesh)
-            else:
-                old = past.dequantized(k.dtype)
-                attended = attention_after((old.k, old.v, old.positions >= 0, old.heads), q, k, v, rows.start)
-            x = block.output(x, attended, parts_of(x.shape[1], model.mesh))
         with jax.named_scope("compress"):
             seen = Layer(q, k, v, *rows, kept=kept, frequencies=frequencies, wo=block.wo[...], ops=ops)
             scores = static.method.scores(seen)
@@ -236,6 +229,15 @@ def run_layers(
             entries = None if stage.capacity == 0 else keep(seen, seen.protect(scores.kv), stage)
             if entries is not None and static.kv_dtype is not None:
                 entries = entries.quantized(static.kv_dtype)
+            if stage.capacity:  # before attention makes copies of its own, which is the peak of memory
+                (q, k, v), token_scores, entries = lax.optimization_barrier(((q, k, v), token_scores, entries))
+        with jax.named_scope("attention"):
+            if past is None:
+                attended = attention(q, k, v, rows.start, platform=static.platform, mesh=model.mesh)
+            else:
+                old = past.dequantized(k.dtype)
+                attended = attention_after((old.k, old.v, old.positions >= 0, old.heads), q, k, v, rows.start)
+            x = block.output(x, attended, parts_of(x.shape[1], model.mesh))
         if past is not None and entries is not None and static.extends:
             entries = past.extended(entries, c.num_kv_heads)
         return (x, token_scores), entries

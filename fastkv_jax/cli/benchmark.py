@@ -49,6 +49,7 @@ class Series:
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
     whole: list[float] = field(default_factory=list)
+    scoring: list[float] = field(default_factory=list)  # and selection, alone
 
     def add(self, timing: Timing) -> None:
         """One more run."""
@@ -64,6 +65,8 @@ class Series:
             found[f"{name}_s"] = statistics.median(mine)
             found[f"{name}_range_s"] = [min(mine), max(mine)]
             found[f"{name}_speedup"] = statistics.median(theirs) / statistics.median(mine)
+        if self.scoring:
+            found["scoring_share"] = statistics.median(self.scoring) / found["prefill_s"]
         found["prefill_limit"] = full.flops / self.flops
         found["decode_limit"] = full.step_bytes / self.step_bytes
         found["share_of_product"] = self.flops / found["prefill_s"] / device["product_flops_per_s"]
@@ -136,9 +139,11 @@ def _run(options: argparse.Namespace) -> int:
 def _benchmark(options: argparse.Namespace, platform: str, dtype: str) -> None:
     import jax
 
+    from fastkv_jax.adaptive import Adaptive
     from fastkv_jax.cli import speed_report
     from fastkv_jax.cli.device_rates import rates, timer, yardsticks
     from fastkv_jax.cli.report import Reporter
+    from fastkv_jax.cli.scoring_time import scorer
     from fastkv_jax.methods import FullKV
 
     say = Reporter(quiet=options.quiet)
@@ -165,7 +170,9 @@ def _benchmark(options: argparse.Namespace, platform: str, dtype: str) -> None:
             runs[TRANSFORMERS] = lambda given=tokens_of: competitor.time(given, options.new_tokens)
         costs = {known: _costs(model, method, tokens, options.batch) for known, method in methods.items()}
         mine = {known: Series(known, tokens, *costs.get(known, costs["full"])) for known in runs}
-        _race(runs, mine, measures, options.repeats, say)
+        scorers = {known: scorer(model, method, tokens_of) for known, method in methods.items()
+                   if not isinstance(method, FullKV | Adaptive)}  # fmt: skip
+        _race(runs, mine, scorers, measures, options.repeats, say)
         series += [(entry, mine["full"]) for entry in mine.values()]
         if options.profile is not None:
             with jax.profiler.trace(options.profile, create_perfetto_trace=True):
@@ -244,7 +251,14 @@ def _costs(model, method, tokens: int, batch: int) -> tuple[float, float]:
     return batch * costs.prefill_flops(c, method, tokens), weights + batch * entries
 
 
-def _race(runs: dict[str, Callable[[], Timing]], series: dict[str, Series], measures, repeats: int, say) -> None:
+def _race(
+    runs: dict[str, Callable[[], Timing]],
+    series: dict[str, Series],
+    scorers: dict[str, Callable[[], float]],
+    measures: list[Callable[[], None]],
+    repeats: int,
+    say,
+) -> None:
     for turn in range(repeats + 1):
         logits: dict[str, np.ndarray] = {}
         for name, run in runs.items():
@@ -255,6 +269,8 @@ def _race(runs: dict[str, Callable[[], Timing]], series: dict[str, Series], meas
             if turn:
                 series[name].add(timing)
         if turn:
+            for name, seconds in scorers.items():
+                series[name].scoring.append(seconds())
             for measure in measures:
                 measure()
         elif TRANSFORMERS in logits:  # a race between programs that disagree would mean nothing

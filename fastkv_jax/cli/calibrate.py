@@ -142,7 +142,7 @@ def _calibrate(options: argparse.Namespace, rows: list[dict[str, Any]], platform
     from tqdm import tqdm
 
     from fastkv_jax import checkpoint, text
-    from fastkv_jax.calibrate import calibrate, make_samples
+    from fastkv_jax.calibrating import calibrate, make_samples
     from fastkv_jax.cli.report import Reporter
     from fastkv_jax.methods import FastKV
 

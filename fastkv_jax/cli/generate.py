@@ -21,11 +21,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fastkv_jax import presets
-from fastkv_jax.cli import common, prompts, report, settings
-from fastkv_jax.cli.engine import Encoded, Engine, PromptOptions, encode
-from fastkv_jax.cli.saved import Saved, save, words_and_tail
+from fastkv_jax.cli import common, prompts, settings
 from fastkv_jax.errors import FastKVConfigError, InputError
-from fastkv_jax.explain import check_path, explain
 from fastkv_jax.files import check_target
 from fastkv_jax.methods import FullKV
 from fastkv_jax.methods.plan import layers_run
@@ -133,6 +130,8 @@ def check(options: argparse.Namespace) -> None:
     if options.output is not None:
         _check_output(Path(options.output), options.overwrite)
     if options.explain is not None:
+        from fastkv_jax.explaining import check_path
+
         check_path(options.explain)
     for flag in ("save_cache", "explain"):
         if getattr(options, flag) is not None and options.input is not None:
@@ -164,9 +163,12 @@ def _generate(options: argparse.Namespace, requests: list[prompts.Request], plat
     import jax
 
     from fastkv_jax import checkpoint, text
+    from fastkv_jax.cli.engine import Engine
+    from fastkv_jax.cli.report import Reporter
+    from fastkv_jax.cli.saved import Saved
     from fastkv_jax.sampling import Greedy, Sample
 
-    say = report.Reporter(quiet=options.quiet)
+    say = Reporter(quiet=options.quiet)
     dtype = common.dtype_for(options, platform)
     found = checkpoint.resolve(options.model, progress=not options.quiet)
     config = checkpoint.inspect(found)
@@ -226,6 +228,8 @@ def _use_chat(options: argparse.Namespace, has_template: bool, requests: list[pr
 
 def _encode_all(options, requests, tokenizer, config, preset, chat, saved) -> Iterator[tuple[prompts.Request, Any]]:
     """Every request with its tokens; in a batch, one that does not fit is answered by its error."""
+    from fastkv_jax.cli.engine import PromptOptions, encode
+
     limit, name = config.max_position_embeddings, "max_position_embeddings"
     if options.max_seq_len is not None:
         if options.max_seq_len > limit:
@@ -259,6 +263,8 @@ def _encode_all(options, requests, tokenizer, config, preset, chat, saved) -> It
 
 def _one(options, engine, job, say, effective: dict[str, Any]) -> int:
     """One answer, streamed to stdout."""
+    from fastkv_jax.cli import report
+    from fastkv_jax.explaining import explain
 
     def picture(result: Any, tokens: Any, start: Any) -> None:
         if options.explain is not None and engine.cache is None:  # of what is read first
@@ -284,6 +290,9 @@ def _one(options, engine, job, say, effective: dict[str, Any]) -> int:
 
 def _read_and_save(options, engine, job, say, picture) -> tuple[Any, Any]:
     """Read the prompt's words and keep them in a file; what is left to do: answer the template's tail after them."""
+    from fastkv_jax.cli.engine import Encoded
+    from fastkv_jax.cli.saved import save, words_and_tail
+
     words, tail = words_and_tail(job)
     with say.timed("reading", f"{len(words):,} tok") as note:
         result, tokens, start = engine.read(words)

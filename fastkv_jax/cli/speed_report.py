@@ -7,8 +7,19 @@ from typing import Any
 from fastkv_jax.errors import FastKVConfigError
 from fastkv_jax.files import replacing
 
-HEAD = ("tokens", "run", "prefill s (min–max)", "times faster (limit)", "of the product rate", "decode ms (min–max)",
-        "times faster (limit)", "of the copy rate", "whole s", "times faster")  # fmt: skip
+HEAD = (
+    "tokens",
+    "run",
+    "prefill s (min–max)",
+    "times faster (limit)",
+    "of the product rate",
+    "scoring and selection",
+    "decode ms (min–max)",
+    "times faster (limit)",
+    "of the copy rate",
+    "whole s",
+    "times faster",
+)
 
 
 def as_markdown(found: dict[str, Any]) -> str:
@@ -23,13 +34,25 @@ def as_markdown(found: dict[str, Any]) -> str:
     ]
     for row in found["rows"]:
         peer = row["name"] not in found["settings"]
-        limits = [f"{row[f'{part}_speedup']:.2f}" + ("" if peer else f" ({row[f'{part}_limit']:.2f})")
-                  for part in ("prefill", "decode")]  # fmt: skip
+        prefill, decode = (
+            f"{row[f'{part}_speedup']:.2f}" + ("" if peer else f" ({row[f'{part}_limit']:.2f})")
+            for part in ("prefill", "decode")
+        )
         low, high = row["prefill_range_s"]
         quick, slow = (1e3 * seconds for seconds in row["decode_range_s"])
-        cells = [f"{row['tokens']:,}", row["name"], f"{row['prefill_s']:.2f} ({low:.2f}–{high:.2f})", limits[0],
-                 f"{row['share_of_product']:.0%}", f"{1e3 * row['decode_s']:.1f} ({quick:.1f}–{slow:.1f})", limits[1],
-                 f"{row['share_of_copy']:.0%}", f"{row['whole_s']:.2f}", f"{row['whole_speedup']:.2f}"]  # fmt: skip
+        cells = [
+            f"{row['tokens']:,}",
+            row["name"],
+            f"{row['prefill_s']:.2f} ({low:.2f}–{high:.2f})",
+            prefill,
+            f"{row['share_of_product']:.0%}",
+            f"{row['scoring_share']:.2%}" if "scoring_share" in row else "",
+            f"{1e3 * row['decode_s']:.1f} ({quick:.1f}–{slow:.1f})",
+            decode,
+            f"{row['share_of_copy']:.0%}",
+            f"{row['whole_s']:.2f}",
+            f"{row['whole_speedup']:.2f}",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

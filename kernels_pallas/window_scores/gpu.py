@@ -53,7 +53,7 @@ def window_scores(q, k, start, stop, *, kernel_size, pooling, interpret=False, t
     q = q.reshape(batch * heads, group, window, dim)
     q = jnp.pad(q, ((0, 0), (0, blocks * tiles.heads - group), (0, width - window), (0, lanes - dim)))
     q = q.reshape(batch * heads, blocks, rows, lanes)
-    k = k.reshape(batch * heads, tokens, dim)
+    k = k.swapaxes(1, 2)  # as cuDNN's attention has it: one layout for both, and no copy of the keys
 
     logits = functools.partial(_logits, window=window, width=width, keys=tiles.keys)
     call = functools.partial(gpu_call, warps=4, stages=3, interpret=interpret)
@@ -84,7 +84,7 @@ def _measure_kernel(
     start_ref,  # [B]
     stop_ref,  # [B]
     q_ref,  # [B*K, blocks, rows, D]
-    k_ref,  # [B*K, T, D]
+    k_ref,  # [B, T, K, D]
     # Outputs
     most_ref,  # [B*K, blocks, splits, rows]
     total_ref,  # [B*K, blocks, splits, rows]
@@ -117,7 +117,7 @@ def _add_up_kernel(
     start_ref,  # [B]
     stop_ref,  # [B]
     q_ref,  # [B*K, blocks, rows, D]
-    k_ref,  # [B*K, T, D]
+    k_ref,  # [B, T, K, D]
     most_ref,  # [B*K, blocks, rows]
     total_ref,  # [B*K, blocks, rows]
     # Output
@@ -141,11 +141,11 @@ def _add_up_kernel(
 
 def _logits(q_ref, k_ref, head, block, tile, start, stop, *, window: int, width: int, keys: int):
     """[rows, keys], -inf where the query does not see the key, and the columns [keys]."""
-    tokens, dim = k_ref.shape[1:]
+    _, tokens, heads, dim = k_ref.shape
     rows, lanes = q_ref.shape[2:]
     column, lane = tile * keys + jnp.arange(keys), jnp.arange(lanes)
     k = triton().load(
-        k_ref.at[head, column[:, None], lane[None]],
+        k_ref.at[head // heads, column[:, None], head % heads, lane[None]],
         mask=(column[:, None] < tokens) & (lane[None] < dim),
         other=0,
     )

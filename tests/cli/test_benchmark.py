@@ -29,6 +29,32 @@ def test_a_table_without_json(monkeypatch, capsys):
     assert out.startswith("cpu, jax") and "| decode_attention | B·K 8, C 1, int8 |" in out
 
 
+def test_methods_race_against_full_context_and_the_arithmetic(monkeypatch, capsys, tmp_path, tiny_model):
+    monkeypatch.setattr(device_rates, "LEAST_S", 1e-3)
+    words = ["--model", str(tiny_model), "--platform", "cpu", "--quiet", "--no-compile-cache", "--repeats", "2"]
+    settings = ["--retention-rate", "0.1", "--min-prompt-to-compress", "0"]
+    more = ["--tokens", "300", "500", "--batch", "2", "--new-tokens", "16", "--methods", "fastkv", "snapkv"]
+    out = ["--json", "--output", str(tmp_path / "speed"), "--profile", str(tmp_path / "trace")]
+    assert benchmark.main([*words, *more, *settings, *out]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(row["tokens"], row["name"]) for row in found["rows"]] == [
+        (n, name) for n in (300, 500) for name in ("full", "fastkv", "snapkv")
+    ]
+    for row in found["rows"]:
+        full = next(other for other in found["rows"] if (other["tokens"], other["name"]) == (row["tokens"], "full"))
+        for part in ("prefill", "decode", "whole"):
+            low, high = row[f"{part}_range_s"]
+            assert 0 < low <= row[f"{part}_s"] <= high
+            assert row[f"{part}_speedup"] == pytest.approx(full[f"{part}_s"] / row[f"{part}_s"])
+        assert row["whole_s"] > row["prefill_s"] and ("scoring_share" in row) == (row["name"] != "full")
+        assert row["prefill_limit"] > 1.5 if row["name"] == "fastkv" else row["prefill_limit"] == 1
+        assert row["decode_limit"] > 1 or row["name"] == "full"
+    assert json.loads((tmp_path / "speed" / "speed.json").read_text()) == found
+    assert "| 500 | snapkv |" in (tmp_path / "speed" / "speed.md").read_text()
+    assert (tmp_path / "speed" / "speed.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "trace").rglob("perfetto_trace.json.gz"))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -36,6 +62,8 @@ def test_a_table_without_json(monkeypatch, capsys):
         (["kernels", "--slots", "5", "0"], "slots must be >= 1, got 0"),
         (["--tokens", "0"], "tokens must be >= 1, got 0"),
         (["--new-tokens", "3"], "new_tokens must be >= 16, got 3"),
+        (["--batch", "0"], "batch must be >= 1, got 0"),
+        (["--methods", "fast"], "unknown method 'fast'; there are: full, fastkv"),
     ],
 )
 def test_what_cannot_be_timed_is_one_line(words, message, capsys):

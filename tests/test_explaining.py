@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import fastkv_jax as fk
 from examples import BUCKET, EXAMPLES, LENGTHS, PROMPTS, model_a, ragged
 from fastkv_jax.cache import SegmentKV
-from fastkv_jax.explain import HEADER, LEFT, MAP, STRIP, WIDTH, Explanation, resample
+from fastkv_jax.explaining import HEADER, LEFT, MAP, STRIP, WIDTH, Explanation, resample
 
 FASTKV, FULL = EXAMPLES["fastkv"][0], EXAMPLES["full"][0]
 TOKENS, START = fk.pad_batch(PROMPTS, BUCKET)

@@ -13,14 +13,14 @@ from PIL import Image
 
 import fastkv_jax as fk
 from examples import model_a
+from fastkv_jax import calibrating as module
 from fastkv_jax import generation, presets, stages
-from fastkv_jax.calibrate import Sample, longest_run, make_samples
+from fastkv_jax.calibrating import Sample, longest_run, make_samples
 from fastkv_jax.calibration import Calibration, Setting, best_answering, earliest_close
 from fastkv_jax.costs import layer_flops
 from fastkv_jax.methods.plan import effective_budgets
 from tolerances import LOGITS
 
-module = sys.modules["fastkv_jax.calibrate"]  # the package has the function under this name
 calibrate = fk.calibrate
 LAYERS, NEW = (0, 1, 2), 12
 RATES = {"tsp_rate": 0.4, "retention_rate": 0.3}
