@@ -26,6 +26,7 @@ from fastkv_jax.errors import FastKVConfigError, InputError
 from fastkv_jax.methods import METHODS, Method
 
 RUN_KEYS = {"name": str, "method": str, "preset": str, "settings": dict}
+PICTURES = ("needles.png", "frontier.png")
 TABLES = (("table.md", "as_markdown"), ("table.csv", "as_csv"), ("table.json", "as_json"))
 
 
@@ -114,7 +115,7 @@ def _check_output(output: str) -> None:
     for inside in path.iterdir():
         if inside.is_dir():
             folder.check_output(inside)
-        elif inside.name not in [name for name, _ in TABLES] and not inside.name.startswith("needle-"):
+        elif inside.name not in [*PICTURES, *(name for name, _ in TABLES)]:
             raise InputError(f"{output} holds {inside.name}, which no run has left there; give a new folder")
 
 
@@ -308,14 +309,14 @@ def _slug(name: str) -> str:
 
 
 def _report(options: argparse.Namespace, runs: list[Run], built) -> None:
-    """The table, on stdout and beside the runs; the needle's map of each run."""
+    """The table, on stdout and beside the runs; needles and, if all runs were timed alone, the frontier as pictures."""
     from etils import epath
 
-    from fastkv_jax.evals import heat_map, tables
+    from fastkv_jax.evals import frontier, heat_map, tables
     from fastkv_jax.evals.records import merged
 
     out = epath.Path(options.output)
-    done = []
+    done, needles = [], {}
     for one in runs:
         folder = out / _slug(one.name)
         if not (folder / "results.jsonl").exists():  # other processes are still at it
@@ -324,11 +325,16 @@ def _report(options: argparse.Namespace, runs: list[Run], built) -> None:
         records = merged(folder)
         done.append(tables.Run(one.name, records))
         cells = [record for record in records if record["task"] == "needle"]
-        if cells and not str(out).startswith("gs:"):
-            heat_map.heat_map(cells, Path(out) / f"needle-{_slug(one.name)}.png")
+        if cells:
+            needles[one.name] = cells
     rows = tables.rows_of(done, lambda records: _averages(records, built))
     for name, form in TABLES:
         (out / name).write_text(getattr(tables, form)(rows))
+    if not str(out).startswith("gs:"):
+        if needles:
+            heat_map.heat_maps(needles, Path(out) / "needles.png")
+        if len(found := frontier.points(rows)) > 1:
+            frontier.draw(found, Path(out) / "frontier.png")
     print(tables.as_text(rows))
 
 

@@ -45,7 +45,7 @@ def test_every_needle_has_a_record_a_table_and_a_picture(done):
     assert all(record["score"] in (0.0, 1.0) and record["prediction"] for record in found)
     assert "needle" in (done / "table.md").read_text() and "needle" in (done / "table.csv").read_text()
     assert json.loads((done / "table.json").read_text())[0]["name"] == "fastkv"
-    assert (done / "needle-fastkv.png").read_bytes().startswith(b"\x89PNG")
+    assert (done / "needles.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_given_again_the_command_answers_nothing_anew(done, needles, capsys):
