@@ -219,7 +219,7 @@ def decode(
 
     def layer(segment: SegmentKV, first: int, carry, index):
         x, k_new, v_new = carry
-        block = model.layer(index)
+        block = model.layer(index, in_place=kernels == "gpu" and model.mesh is None)
         q, k, v = block.qkv(x, cos, sin)
         k_new, v_new = (
             lax.dynamic_update_slice(buffer, a[None], (index, 0, 0, cache.used, 0))

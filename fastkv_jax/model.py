@@ -5,6 +5,8 @@ scan over layers, so a run of layers costs no copy of its weights.
 """
 
 import math
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+import kernels_pallas
 from fastkv_jax import rope
 from fastkv_jax.config import LlamaConfig
 
@@ -27,9 +30,26 @@ def rms_norm(x: Float[Array, "*S E"], weight: Float[Array, " E"], eps: float) ->
     return weight * (x32 * scale).astype(x.dtype)
 
 
-def linear(x: Float[Array, "*S I"], weight: Float[Array, "O I"], bias: Float[Array, " O"] | None = None):
+@dataclass(frozen=True)
+class Stacked:
+    """One layer's matrix, still in the stack of all layers: for kernels that read it there."""
+
+    values: Float[Array, "L O I"]
+    index: Int[Array, ""]
+    kernels: Literal["gpu"]
+
+    def __getitem__(self, _: Any) -> "Stacked":  # as an array in a parameter is read
+        return self
+
+
+def linear(x: Float[Array, "*S I"], weight: Float[Array, "O I"] | Stacked, bias: Float[Array, " O"] | None = None):
     """x @ weight.T + bias. Weights keep the checkpoint's layout [out, in]: a decode step streams whole rows."""
-    y = jnp.einsum("...i,oi->...o", x, weight)
+    if isinstance(weight, Stacked):
+        rows = x.reshape(-1, x.shape[-1])
+        y = kernels_pallas.linear(rows, weight.values, weight.index, implementation=weight.kernels)
+        y = y.reshape(*x.shape[:-1], -1)
+    else:
+        y = jnp.einsum("...i,oi->...o", x, weight)
     return y if bias is None else y + bias
 
 
@@ -134,9 +154,18 @@ class Llama(nnx.Module):
         """Token embeddings."""
         return self.embedding[...][tokens]
 
-    def layer(self, index: Int[Array, ""]) -> Block:
-        """Block `index` of the stack; the index may be traced."""
-        return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), self.layers)
+    def layer(self, index: Int[Array, ""], in_place: bool = False) -> Block:
+        """Block `index` of the stack; the index may be traced.
+
+        `in_place`: its matrices stay in the stack, for a GPU's few rows; elsewhere XLA needs no such help.
+        """
+
+        def pick(a: Array) -> Any:
+            if in_place and a.ndim == 3:
+                return Stacked(a, index, "gpu")
+            return lax.dynamic_index_in_dim(a, index, keepdims=False)
+
+        return jax.tree.map(pick, self.layers)
 
     def logits(self, x: Float[Array, "B E"]) -> Float[Array, "B V"]:
         """Next-token logits in float32 for the last hidden state of each row."""

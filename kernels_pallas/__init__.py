@@ -1,9 +1,10 @@
-"""The three operations of token eviction, each in a folder of its own with a short reference as its specification.
+"""The operations of token eviction and of a decode step, each in a folder of its own, specified by a short reference.
 
     window_scores      how much the last W queries attend to every key, pooled and summed over each GQA group
     select             the exact top-k positions of a score, ascending, ties to the lowest index, without a sort
     decode_attention   one query per row against frozen prompt entries and the decoded ones
     quantize           keys and values in 8 bits for it
+    linear             a few rows times one matrix of a stack of layers
 
 Each runs as the reference, or as the kernels of a platform: implementation="tpu" or "gpu".
 
@@ -12,7 +13,8 @@ D head dim.
 """
 
 from kernels_pallas.decode_attention import decode_attention, quantize
+from kernels_pallas.linear import linear
 from kernels_pallas.select import among_best, select
 from kernels_pallas.window_scores import pool, window_scores
 
-__all__ = ["among_best", "decode_attention", "pool", "quantize", "select", "window_scores"]
+__all__ = ["among_best", "decode_attention", "linear", "pool", "quantize", "select", "window_scores"]

@@ -12,6 +12,7 @@ import pytest
 
 import fastkv_jax as fk
 from examples import BUCKET, EXAMPLES, GOLDEN, MODEL_A, NEW, PROMPTS, arrays, filled_by_head, model_a
+from fastkv_jax.cli.hlo_flops import flops
 from fastkv_jax.generation import Generated, compile_decode
 from fastkv_jax.methods.base import Method
 from fastkv_jax.model import Llama
@@ -122,6 +123,16 @@ def test_a_weight_that_is_sent_would_be_seen(name: str):
     for weight in (stack, layer, model.embedding):
         gathered = jax.jit(lambda a: split(a, model.mesh)).lower(weight[...]).compile()
         assert weight[...].size in sizes_sent(gathered) & sizes_of_weights(model)
+
+
+def test_of_a_batch_s_tokens_spread_over_four_devices_each_does_a_quarter_of_the_work():
+    prefill = jax.jit(partial(fk.prefill, method=METHODS["full"], max_new_tokens=NEW))
+    tokens, start = fk.pad_batch(ROWS, BUCKET)
+    alone, spread = (
+        flops(prefill.lower(model, tokens, start).compile().as_text())
+        for model in (model_a(), spread_model("sequence=4"))
+    )
+    assert 0.2 < spread / alone < 0.3
 
 
 @pytest.fixture(scope="module")

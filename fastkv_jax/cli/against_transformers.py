@@ -41,15 +41,11 @@ class Competitor:
             tie_word_embeddings=c.tie_word_embeddings, attention_bias=c.output_bias, rope_parameters=_rope(c),
         )  # fmt: skip
         config._attn_implementation = "sdpa"
-        with torch.device("meta"):
-            self._model = LlamaForCausalLM(config).to(dtype)
-        self._model.to_empty(device=self._device)
+        with torch.device(self._device):
+            self._model = LlamaForCausalLM(config).to(dtype).eval()
         missing, unexpected = self._model.load_state_dict(_state(model, torch, dtype), strict=False)
         if unexpected or set(missing) - {"lm_head.weight"}:
             raise FastKVConfigError(f"transformers' Llama differs: missing {missing}, unexpected {unexpected}")
-        self._model.tie_weights()
-        self._model.model.rotary_emb = type(self._model.model.rotary_emb)(config, device=self._device)
-        self._model.eval()
 
     def time(self, prompts: np.ndarray, new_tokens: int) -> Timing:
         """A run of theirs, greedy; the first steps do not count as decoding, as for ours."""

@@ -153,6 +153,7 @@ def use_compile_cache() -> None:
     except OSError:
         return  # a read-only home costs compile time, nothing else
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # a small model's programs, too
 
 
 def run(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:

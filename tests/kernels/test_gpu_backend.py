@@ -1,6 +1,7 @@
 """The GPU kernels become Triton programs on any machine, and say so where jax has lost Triton."""
 
 import functools
+import re
 import sys
 
 import jax
@@ -9,7 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
+import fastkv_jax as fk
 import kernels_pallas
+from examples import model_a
+from fastkv_jax.inference import decode
 from kernels_pallas import gpu_backend
 
 # jax announces at lowering that Triton will go one day; gpu_backend.py is where that will be met.
@@ -43,6 +47,24 @@ def test_window_scores_are_lowered(heads, kv_heads, window, tokens, dim, dtype):
     k = jax.ShapeDtypeStruct((1, kv_heads, tokens, dim), dtype)
     edge = jax.ShapeDtypeStruct((1,), jnp.int32)
     assert triton_calls(run, q, k, edge, edge) == 2
+
+
+@pytest.mark.parametrize(("out", "inner"), [(4096, 4096), (1024, 4096), (14_336, 4096), (4096, 14_336), (1536, 576)])
+def test_linear_is_lowered(out: int, inner: int):
+    run = functools.partial(kernels_pallas.linear, implementation="gpu")
+    x, weight = jax.ShapeDtypeStruct((1, inner), jnp.bfloat16), jax.ShapeDtypeStruct((32, out, inner), jnp.bfloat16)
+    assert triton_calls(run, x, weight, jax.ShapeDtypeStruct((), jnp.int32)) == 1
+
+
+def test_a_decode_step_reads_matrices_and_entries_where_they_are():
+    """Seven matrices, the prompt's entries and the new ones; only norms are cut out of their stacks."""
+    cache = fk.prefill(model_a(), [[1, 2, 3]], method=fk.FullKV(), max_new_tokens=4).cache
+    run = functools.partial(decode, model_a(), jnp.zeros(1, jnp.int32), kernels="gpu")
+    assert triton_calls(run, cache) == 9
+    with use_abstract_mesh(HOPPER):
+        text = jax.jit(run).trace(cache).lower(lowering_platforms=("cuda",)).as_text()
+    cut = re.findall(r"stablehlo.dynamic_slice .* -> tensor<([\dx]+)xf32>", text)
+    assert cut and all(size.count("x") <= 1 for size in cut), cut  # [1, E]
 
 
 @pytest.mark.parametrize(
