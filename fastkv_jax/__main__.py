@@ -1,8 +1,6 @@
 """python -m fastkv_jax COMMAND: the scripts under one name."""
 
-import sys
-
-from fastkv_jax.cli import commands
+from fastkv_jax.cli.commands import console
 
 if __name__ == "__main__":
-    sys.exit(commands.main())
+    console()

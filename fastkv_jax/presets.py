@@ -80,8 +80,15 @@ def for_model(model: str) -> Preset:
     return load("default")
 
 
+def check_method(method: object) -> None:
+    """Raise `FastKVConfigError` for a name that no method has."""
+    if method not in METHODS:
+        raise FastKVConfigError(f"unknown method {method!r}; there are: {', '.join(METHODS)}")
+
+
 def settings_of(method: str) -> tuple[str, ...]:
     """The settings a method takes, in the order of its dataclass."""
+    check_method(method)
     return tuple(field.name for field in dataclasses.fields(METHODS[method]) if field.name not in HIDDEN)
 
 

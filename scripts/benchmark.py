@@ -1,8 +1,7 @@
 """Time prefill and decode; see --help."""
 
-import sys
-
 from fastkv_jax.cli.benchmark import main
+from fastkv_jax.cli.common import leave
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,8 +1,7 @@
 """Choose the TSP layer, window and kernel for a model; see --help."""
 
-import sys
-
 from fastkv_jax.cli.calibrate import main
+from fastkv_jax.cli.common import leave
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,8 +1,7 @@
 """Answer prompts; see --help."""
 
-import sys
-
+from fastkv_jax.cli.common import leave
 from fastkv_jax.cli.generate import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -106,6 +106,11 @@ def test_another_method_may_keep_the_entries_or_choose_the_tokens():
     assert kept.compression == StreamingLLM(sinks=3)
 
 
+def test_a_method_there_is_not():
+    with pytest.raises(FastKVConfigError, match="unknown method 'fast'; there are: full, fastkv"):
+        presets.build("fast", preset(), {}, 4)
+
+
 def test_a_setting_the_method_does_not_have():
     with pytest.raises(FastKVConfigError, match="--capacity 8 is not a setting of method 'full'"):
         presets.build("full", preset(), {"capacity": 8}, 4)

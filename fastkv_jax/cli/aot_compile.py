@@ -59,12 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fastkv_jax.methods import METHODS
+    from fastkv_jax import presets
 
     if options.tokens < 128:
         raise FastKVConfigError(f"tokens must be >= 128, got {options.tokens}")
-    if options.method not in METHODS:
-        raise FastKVConfigError(f"unknown method {options.method!r}; there are: {', '.join(METHODS)}")
+    presets.check_method(options.method)
     if options.method == "asl":
         raise FastKVConfigError("method 'asl' decides on the host: it is several programs, not one")
     found = compile_for(options)

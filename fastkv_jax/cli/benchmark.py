@@ -114,16 +114,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fastkv_jax.methods import METHODS
-
     for name, least in (("tokens", 1), ("batch", 1), ("new_tokens", 16), ("repeats", 1)):
         given = getattr(options, name)
         value = min(given) if isinstance(given, list) else given
         if value < least:
             raise FastKVConfigError(f"{name} must be >= {least}, got {value}")
     for name in options.methods or ():
-        if name not in METHODS:
-            raise FastKVConfigError(f"unknown method {name!r}; there are: {', '.join(METHODS)}")
+        presets.check_method(name)
     settings.check(options)
     if options.output is not None:
         from fastkv_jax.evals import folder
@@ -144,12 +141,12 @@ def _benchmark(options: argparse.Namespace, platform: str, dtype: str) -> None:
     from fastkv_jax.cli.device_rates import rates, timer, yardsticks
     from fastkv_jax.cli.report import Reporter
     from fastkv_jax.cli.scoring_time import scorer
-    from fastkv_jax.methods import FullKV
+    from fastkv_jax.methods import FullKV, Method
 
     say = Reporter(quiet=options.quiet)
     say.header(platform, dtype)
     name, model, prompts = _model(options, dtype)
-    methods = {"full": FullKV()}
+    methods: dict[str, Method] = {"full": FullKV()}
     for given in options.methods or [options.method]:
         options.method = given
         preset, method = settings.method(options, name, model.config.num_layers)

@@ -4,6 +4,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from fastkv_jax.cli.common import leave
+
 COMMANDS = {
     "generate": "answer prompts",
     "evaluate": "ask a suite's questions: RULER, LongBench, needles, perplexity",
@@ -12,6 +14,11 @@ COMMANDS = {
     "calibrate": "choose the TSP layer, window and kernel for a model",
     "lm_eval": "lm-evaluation-harness with a model of ours",
 }
+
+
+def console() -> None:
+    """The installed command."""
+    leave(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """What every command shares: one-line errors, exit codes, the choice of the platform, the compile cache."""
 
 import argparse
+import contextlib
 import difflib
 import io
 import os
@@ -192,6 +193,19 @@ def run(command: Callable[[argparse.Namespace], int], options: argparse.Namespac
         if options.debug:
             raise
         return _fail(f"{type(error).__name__}: {error} (this is a bug; --debug shows where)", FAILED, options)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this code.
+
+    After a signal at once: threads of XLA may still compute, and what Python takes apart under them can crash.
+    """
+    if code in (INTERRUPTED, TERMINATED):
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _fail(error: object, code: int, options: argparse.Namespace) -> int:

@@ -92,7 +92,6 @@ def _draw(found: dict[str, Any], path: Path) -> None:
                     axes.hlines(row[f"{part}_limit"], x - width / 2, x + width / 2, color="black", linewidth=1)
             axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
             axes.set(xlabel="Prompt in tokens", title=title)
-        first, *_, last = figure.axes
-        first.set_ylabel("Times faster than full context\n(line: the arithmetic's limit)")
-        last.legend()
+        figure.axes[0].set_ylabel("Times faster than full context\n(line: the arithmetic's limit)")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(names))
         figure.savefig(scratch, dpi=150)

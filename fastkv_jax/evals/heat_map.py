@@ -64,14 +64,16 @@ def heat_maps(runs: Mapping[str, Iterable[Mapping[str, Any]]], path: str | os.Pa
         figure = Figure(figsize=(2.5 + wide, 2 + high), layout="constrained")
         FigureCanvasAgg(figure)
         colours = LinearSegmentedColormap.from_list("found", COLOURS)
+        drawn = []
         places = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
         for axes in places.flat[len(maps) :]:
             axes.set_visible(False)
-        grid = None
         for axes, (name, (lengths, depths, means)) in zip(places.flat, maps.items(), strict=False):
             edges = [np.arange(len(values) + 1) - 0.5 for values in (lengths, depths)]
             masked = np.ma.masked_invalid(means)
-            grid = axes.pcolormesh(*edges, masked, cmap=colours, vmin=0, vmax=1, edgecolors="grey", linewidth=0.5)
+            drawn.append(
+                axes.pcolormesh(*edges, masked, cmap=colours, vmin=0, vmax=1, edgecolors="grey", linewidth=0.5)
+            )
             axes.set_xticks(range(len(lengths)), [_short(length) for length in lengths], rotation=45)
             axes.set_yticks(range(len(depths)), [f"{depth}" for depth in depths])
             axes.tick_params(labelbottom=True)
@@ -80,7 +82,7 @@ def heat_maps(runs: Mapping[str, Iterable[Mapping[str, Any]]], path: str | os.Pa
         places.flat[0].invert_yaxis()  # the text's beginning is at the top; the panels share the axis
         figure.supxlabel("Length in tokens")
         figure.supylabel("Depth in per cent")
-        figure.colorbar(grid, ax=places, label="Score")
+        figure.colorbar(drawn[0], ax=places, label="Score")
         figure.savefig(scratch, dpi=150)
 
 

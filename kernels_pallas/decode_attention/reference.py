@@ -7,9 +7,9 @@ from jax import lax
 from kernels_pallas.decode_attention.parts import Slots
 
 
-def decode_attention(q, prompt: Slots, new: Slots, filled, layer):
+def decode_attention(q, prompt: Slots, decoded: Slots, filled, layer):
     k_prompt, v_prompt, positions, heads, k_scale, v_scale = _of_layer(prompt, layer[0])
-    k_new, v_new, *_ = _of_layer(new, layer[1])
+    k_new, v_new, *_ = _of_layer(decoded, layer[1])
     batch, query_heads, _ = q.shape
     there = (positions >= 0)[:, :, None]  # [B, N, 1, C]
     if heads is not None:
