@@ -48,16 +48,16 @@ def draw(found: Sequence[Point], path: str | os.PathLike[str]) -> None:
     except ImportError as error:
         raise FastKVConfigError("a picture needs matplotlib: pip install 'fastkv-jax[evaluate]'") from error
     with matplotlib.style.context("default"), replacing(Path(path)) as scratch:
-        figure = Figure(figsize=(8, 5), layout="constrained")
+        figure = Figure(figsize=(10, 4.5), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         line = best(found)
         axes.plot([p.speedup for p in line], [p.score for p in line], color="#0CD79F", linewidth=2, zorder=1)
-        axes.scatter([p.speedup for p in found], [p.score for p in found], color="#333333", zorder=2)
-        for i, point in enumerate(found):
-            above = (4, 6) if i % 2 else (4, -12)  # neighbours do not write over each other
-            axes.annotate(point.name, (point.speedup, point.score), above, textcoords="offset points", fontsize=8)
-        axes.margins(x=0.15, y=0.12)
+        for number, point in enumerate(found, 1):  # names would write over each other
+            axes.scatter(point.speedup, point.score, color="#333333", zorder=2, label=f"{number}  {point.name}")
+            axes.annotate(str(number), (point.speedup, point.score), (5, 5), textcoords="offset points")
+        figure.legend(loc="outside right center", fontsize=9, handlelength=0, markerscale=0, frameon=False)
+        axes.margins(0.1)
         axes.set(xlabel=f"First token, times sooner than {found[0].name}", ylabel="Mean score, 0 to 100")
         axes.grid(alpha=0.3)
         figure.savefig(scratch, dpi=150)
