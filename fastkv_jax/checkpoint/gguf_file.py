@@ -9,6 +9,7 @@ import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,15 @@ class GGUFFile:
 
 def open_gguf(path: Path) -> GGUFFile:
     """Read the header. Raises `CheckpointError` naming the file if it is not GGUF, truncated, corrupt or split."""
+    try:
+        stamp = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    return _open(path, stamp.st_ino, stamp.st_size, stamp.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # configuration, tokenizer and weights come from one file, whose header has every token in it
+def _open(path: Path, *_: int) -> GGUFFile:
     try:
         with path.open("rb") as stream:
             data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
