@@ -16,18 +16,31 @@ FILES = {
     for file in sorted((ROOT / package).rglob("*.py"))
 }
 GROUPS = ("checkpoint", "cli", "evals", "methods")  # packages inside fastkv_jax; all other modules stand for themselves
-LEVEL_1 = {"errors", "config", "rope", "select", "buckets", "attention", "sharding", "inputs", "files", "ops"}
+LEVEL_1 = {
+    "errors",
+    "config",
+    "rope",
+    "select",
+    "buckets",
+    "attention",
+    "sharding",
+    "inputs",
+    "files",
+    "json_lines",
+    "ops",
+}
 MIDDLE = LEVEL_1 | {"cache", "methods", "model", "sampling", "kernels_pallas"}
 MAY_IMPORT = {
     **dict.fromkeys(LEVEL_1, {"errors", "config", "buckets", "ops", "sharding", "kernels_pallas"}),
     "kernels_pallas": {"kernels_pallas"},
     "cache": {"errors", "kernels_pallas", "ops", "select"},
     "methods": LEVEL_1 | {"methods", "kernels_pallas"},
-    "model": {"config", "rope"},
+    "model": {"config", "kernels_pallas", "rope"},
     "sampling": {"errors"},
     "stages": MIDDLE,
     "adaptive": MIDDLE | {"stages"},
-    "inference": MIDDLE | {"stages", "adaptive"},
+    "chunks": MIDDLE | {"stages"},
+    "inference": MIDDLE | {"stages", "adaptive", "chunks"},
     "generation": MIDDLE | {"inference"},
     "presets": MIDDLE | {"inference"},
     "costs": {"config", "methods"},
@@ -35,11 +48,11 @@ MAY_IMPORT = {
     "checkpoint": MIDDLE | {"inference", "checkpoint"},
     "cache_file": MIDDLE | {"checkpoint"},
     "text": MIDDLE | {"inference", "checkpoint"},
-    "stream": MIDDLE | {"inference", "generation", "checkpoint", "text"},
+    "streaming": MIDDLE | {"inference", "generation", "checkpoint", "text"},
     "calibration": MIDDLE | {"presets"},
-    "calibrate": MIDDLE
+    "calibrating": MIDDLE
     | {"stages", "adaptive", "inference", "generation", "checkpoint", "text", "calibration", "costs"},
-    "explain": MIDDLE | {"inference", "checkpoint", "text"},
+    "explaining": MIDDLE | {"inference", "checkpoint", "text"},
 }
 PUBLIC = {"fastkv_jax", "cli", "evals", "__main__"}  # may import everything below; "fastkv_jax" is its __init__
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from fastkv_jax.checkpoint import hugging_face
-from fastkv_jax.cli.benchmark import Timing
+from fastkv_jax.cli.timing import Timing
 from fastkv_jax.config import Llama3Scaling, LlamaConfig
 from fastkv_jax.errors import FastKVConfigError
 from fastkv_jax.generation import CHUNK

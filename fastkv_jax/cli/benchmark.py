@@ -18,24 +18,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fastkv_jax import presets
 from fastkv_jax.cli import common, settings, shapes
+from fastkv_jax.cli.timing import Timing
 from fastkv_jax.errors import FastKVConfigError
 
 TRANSFORMERS = "transformers"
-
-
-class Timing(NamedTuple):
-    """Seconds of one run."""
-
-    prefill: float
-    decode: float  # of a token, after the first few
-    whole: float  # from the prompt to the last token
-    logits: np.ndarray  # [B, V] of the last tokens
 
 
 @dataclass
