@@ -143,19 +143,24 @@ def check_prompt(
     return prompt
 
 
+def check_in_chunks(method: Method, num_layers: int) -> None:
+    """Raise `InputError` for a method that cannot read a prompt in chunks: one that looks at all of it, or twice."""
+    name = type(method).__name__
+    if isinstance(method, Adaptive):
+        raise InputError(f"{name} looks at whole prompts: it cannot read chunks")
+    runs = method.plan(np.arange(1, 2), num_layers)
+    if any(run.renumbered or (i and not run.first) for i, run in enumerate(runs)):
+        raise InputError(f"{name} reads the prompt twice: it cannot read chunks")
+
+
 def _chunks(model: Llama, prompt: Prompt, static: Static, size: int, cache: KVCache | None) -> Chunks:
-    name = type(static.method).__name__
     if not isinstance(size, int) or size < 1:
         raise InputError(f"prefill_chunk must be an integer >= 1, got {size!r}")
     if isinstance(prompt.tokens, Tracer) or isinstance(prompt.start, Tracer):
         raise InputError("prefill_chunk loops on the host: it cannot run inside another jit")
     if cache is not None:
         raise InputError("prefill_chunk reads prompts from their beginning; it cannot go on from a cache")
-    if isinstance(static.method, Adaptive):
-        raise InputError(f"{name} looks at whole prompts: it cannot read chunks")
-    runs = static.method.plan(np.arange(1, 2), model.config.num_layers)
-    if any(run.renumbered or (i and not run.first) for i, run in enumerate(runs)):
-        raise InputError(f"{name} reads the prompt twice: it cannot read chunks")
+    check_in_chunks(static.method, model.config.num_layers)
     return Chunks(model, prompt, static, size)
 
 

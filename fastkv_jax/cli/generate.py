@@ -166,6 +166,7 @@ def _generate(options: argparse.Namespace, requests: list[prompts.Request], plat
     from fastkv_jax.cli.engine import Engine
     from fastkv_jax.cli.report import Reporter
     from fastkv_jax.cli.saved import Saved
+    from fastkv_jax.inference import check_in_chunks
     from fastkv_jax.sampling import Greedy, Sample
 
     say = Reporter(quiet=options.quiet)
@@ -174,6 +175,8 @@ def _generate(options: argparse.Namespace, requests: list[prompts.Request], plat
     config = checkpoint.inspect(found)
     saved = None if options.load_cache is None else Saved.read(options.load_cache)
     preset, method = settings.method(options, found.name, config.num_layers)
+    if options.prefill_chunk is not None:
+        check_in_chunks(method, config.num_layers)
     tokenizer = text.load_tokenizer(found)
     text.check_vocabulary(tokenizer, config)
     chat = _use_chat(options, text.has_chat_template(tokenizer), requests)

@@ -132,6 +132,28 @@ def test_a_dry_run_prints_the_plan_and_loads_nothing(run, monkeypatch):
     assert code == 0 and "weights" in out and "after TSP at layer 1" in out and "cache" in out
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "gemfilter", "--prefill-chunk", "64"], "GemFilter reads the prompt twice: it cannot read chunks"),
+        (["--method", "asl", "--prefill-chunk", "64"], "ASL looks at whole prompts: it cannot read chunks"),
+        (["--prefill-chunk", "0"], "prefill_chunk must be >= 1, got 0"),
+    ],
+)
+def test_chunks_that_cannot_be_are_refused_before_weights_load(run, monkeypatch, words, message):
+    from fastkv_jax import checkpoint
+
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    code, out, err = run("--prompt", LONG, *words)
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+def test_an_answer_after_chunks(run):
+    code, out, _ = run("--prompt", LONG, "--prefill-chunk", "100", "--method", "full", "--json")
+    whole = json.loads(run("--prompt", LONG, "--method", "full", "--json")[1])
+    assert code == 0 and json.loads(out)["text"] == whole["text"]
+
+
 def rows(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
