@@ -67,7 +67,7 @@ def load_cache(path: str | os.PathLike[str], model: Llama, tokenizer: Any = None
         SegmentKV(**{name: arrays.get(f"{i}.{name}") for name in ARRAYS}, sharing=sharing)  # type: ignore[arg-type]
         for i, sharing in enumerate(json.loads(header["sharing"]))
     )
-    return KVCache.empty_after(segments, arrays["position"], 0, model.config.num_kv_heads, model.norm[...].dtype)
+    return KVCache.empty_after(segments, arrays["position"], 0, model.config.num_kv_heads, model.dtype)
 
 
 def load_note(path: str | os.PathLike[str]) -> dict[str, Any]:

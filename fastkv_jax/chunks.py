@@ -156,7 +156,7 @@ class Chunks:
 
     def past(self, segments: tuple[SegmentKV, ...], before: np.ndarray) -> KVCache:
         """What a chunk sees of those before it."""
-        heads, dtype = self.model.config.num_kv_heads, self.model.norm[...].dtype
+        heads, dtype = self.model.config.num_kv_heads, self.model.dtype
         return KVCache.empty_after(segments, jnp.asarray(before, jnp.int32), 0, heads, dtype)
 
 
@@ -178,7 +178,7 @@ def prefill_in_chunks(chunks: Chunks, report: Callable[[int], object] | None = N
             report(layers * (index + 1) // chunks.count - layers * index // chunks.count)
     c, room = chunks.model.config, chunks.whole.max_new_tokens
     position = jnp.asarray(chunks.lengths, jnp.int32)
-    cache = KVCache.empty_after(segments, position, room, c.num_kv_heads, chunks.model.norm[...].dtype)
+    cache = KVCache.empty_after(segments, position, room, c.num_kv_heads, chunks.model.dtype)
     return Prefill(read.logits, cache, jnp.concatenate(passed, axis=1) if passed else None)
 
 

@@ -150,6 +150,11 @@ class Llama(nnx.Module):
         head = None if config.tie_word_embeddings else jax.random.normal(rngs.params(), table, dtype)
         self.lm_head = None if head is None else nnx.Param(head * jnp.asarray(0.02, dtype))
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of weights and activations."""
+        return jax.tree.leaves(self)[0].dtype
+
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """Token embeddings."""
         return self.embedding[...][tokens]

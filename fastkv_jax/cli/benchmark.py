@@ -9,6 +9,7 @@ and a copy.
   benchmark.py --methods full fastkv snapkv --tokens 4096 --output speed/
   benchmark.py --platform gpu --random-weights llama-3.1-8b --tokens 32768 131072
   benchmark.py kernels --help                            (each kernel against the device's own copy and product)
+  benchmark.py command --help                            (from the command to the first token, and peak memory)
 """
 
 import argparse
@@ -102,6 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fastkv_jax.cli import benchmark_kernels
 
         return benchmark_kernels.main(words[1:])
+    if words[:1] == ["command"]:
+        from fastkv_jax.cli import benchmark_command
+
+        return benchmark_command.main(words[1:])
     return common.run(_run, parser().parse(words))
 
 
@@ -236,7 +241,7 @@ def _costs(model, method, tokens: int, batch: int) -> tuple[float, float]:
     if not c.tie_word_embeddings:
         weights -= model.embedding[...].nbytes  # one row of it
     kept = sum((run.last - run.first + 1) * run.kept for run in effective_budgets(method, tokens, 0, c.num_layers))
-    entries = 2 * kept * c.num_kv_heads * c.head_dim * model.norm[...].dtype.itemsize
+    entries = 2 * kept * c.num_kv_heads * c.head_dim * model.dtype.itemsize
     return batch * costs.prefill_flops(c, method, tokens), weights + batch * entries
 
 

@@ -27,7 +27,7 @@ def scorer(model: Llama, method: Method, prompts: np.ndarray) -> Callable[[], fl
     batch, n = prompts.shape
     window = enter_budgets(model, prompt, static=static).window
     frequencies = jnp.asarray(rope.frequencies(c.rope, c.head_dim))
-    drawn = jax.random.normal(jax.random.key(0), (batch, c.num_heads, n, c.head_dim), model.norm[...].dtype)
+    drawn = jax.random.normal(jax.random.key(0), (batch, c.num_heads, n, c.head_dim), model.dtype)
     stages = stages_of(model, prompt, static)
 
     @jax.jit

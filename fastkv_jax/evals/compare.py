@@ -102,7 +102,7 @@ def _ask(model: Llama, rows: Sequence[Row], kind: str, question: Question, colum
 def full_bytes(model: Llama, n: int) -> int:
     """K and V of all tokens."""
     c = model.config
-    return 2 * c.num_layers * c.num_kv_heads * n * c.head_dim * model.norm[...].dtype.itemsize
+    return 2 * c.num_layers * c.num_kv_heads * n * c.head_dim * model.dtype.itemsize
 
 
 def _says(model: Llama, cache: KVCache, question: Question) -> bool:

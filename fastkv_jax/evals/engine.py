@@ -199,7 +199,7 @@ class ModelEngine:
 
     def _costs(self, n: int, kept: int) -> dict[str, float]:
         c = self.model.config
-        full_bytes = 2 * c.num_layers * c.num_kv_heads * n * c.head_dim * self.model.norm[...].dtype.itemsize
+        full_bytes = 2 * c.num_layers * c.num_kv_heads * n * c.head_dim * self.model.dtype.itemsize
         costs = {"kv_bytes": kept / full_bytes}
         if not isinstance(self.method, ASL):  # each prompt chooses its layer
             costs["prefill_flops"] = prefill_flops(c, self.method, n) / prefill_flops(c, FullKV(), n)

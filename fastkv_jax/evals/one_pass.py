@@ -48,7 +48,7 @@ def prefill_all(
     static = Static(FullKV(), max_new_tokens, tail, platform, KERNELS[platform])
     logits, entries = _read(model, prompt, tuple(tables), methods=tuple(methods), shapes=tuple(shapes), static=static)
     position = jnp.asarray(columns - prompt.start)
-    room = max_new_tokens, c.num_kv_heads, model.norm[...].dtype
+    room = max_new_tokens, c.num_kv_heads, model.dtype
     return [Prefill(logits, KVCache.empty_after((one,), position, *room), None) for one in entries]
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fastkv_jax.cli import benchmark, device_rates
+from fastkv_jax.cli import benchmark, benchmark_command, device_rates
 
 KERNELS = ["kernels", "--platform", "cpu", "--quiet", "--no-compile-cache", "--repeats", "1", "--rows", "1"]
 
@@ -55,11 +55,30 @@ def test_methods_race_against_full_context_and_the_arithmetic(monkeypatch, capsy
     assert list((tmp_path / "trace").rglob("perfetto_trace.json.gz"))
 
 
+def test_what_a_user_waits_for_is_measured_from_the_outside(capsys, tiny_model):
+    words = ["command", "--model", str(tiny_model), "--platform", "cpu", "--quiet", "--repeats", "1"]
+    assert benchmark.main([*words, "--tokens", "100", "--chunk", "64", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in found["rows"]] == [
+        "full", "preset", "preset, nothing compiled before", "preset, --prefill-chunk 64",
+    ]  # fmt: skip
+    for row in found["rows"]:
+        assert 0 < row["first_s"] <= row["whole_s"] and row["tokens"] > 100
+        assert row["peak_bytes"] > 1e8 and 0 < row["bare_prefill_s"] < row["first_s"]
+    assert found["help_s"] < min(row["first_s"] for row in found["rows"])
+
+
+def test_a_command_that_fails_says_why():
+    with pytest.raises(RuntimeError, match="error: max_new_tokens must be >= 1, got 0"):
+        benchmark_command.wait_for(["--prompt", "x", "-n", "0"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["kernels", "--tokens", "64"], "tokens must be >= 128, got 64"),
         (["kernels", "--slots", "5", "0"], "slots must be >= 1, got 0"),
+        (["command", "--tokens", "9"], "tokens must be >= 64, got 9"),
         (["--tokens", "0"], "tokens must be >= 1, got 0"),
         (["--new-tokens", "3"], "new_tokens must be >= 16, got 3"),
         (["--batch", "0"], "batch must be >= 1, got 0"),
