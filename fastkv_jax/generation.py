@@ -131,13 +131,9 @@ def compile_decode(
     stop_tokens: Sequence[int] | None = None,
     kernels: Kernels | None = None,
 ) -> jax.stages.Compiled:
-    """Compile what `decode_chunks` with these arguments will run, so that it starts at once.
-
-    Model and prompt may be shapes: those that `compile_prefill` returns.
-    """
+    """Compile what `decode_chunks` with these arguments will run, so that it starts at once."""
     stops = _stops(model, stop_tokens)
-    first = partial(_first_token, sampler=sampler, stop_tokens=stops)
-    loop = jax.eval_shape(first, prompt, jax.random.key(0))
+    loop = _first_token(prompt, jax.random.key(0), sampler=sampler, stop_tokens=stops)
     options = _options(model, sampler, stops, kernels)
     return _decode_chunk.lower(model, prompt.cache.segments, loop, 1, **options).compile()
 

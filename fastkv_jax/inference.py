@@ -101,30 +101,24 @@ def compile_prefill(
     kv_dtype: str | None = None,
     prefill_chunk: int | None = None,
     progress: bool = False,
-) -> Prefill | None:
-    """Compile what `prefill` with these arguments, with or without `progress`, will run, so that it starts at once.
-
-    The model may be one of shapes (`abstract_model`): programs can be compiled while weights load. The result is the
-    prefill's as shapes, None where those depend on the prompt (ASL) or on how many chunks it has.
-    """
+) -> None:
+    """Compile what `prefill` with these arguments, with or without `progress`, will run, so that it starts at once."""
     prompt = check_prompt(model, tokens, start, window_end, method, max_new_tokens, cache)
     static = _static(model, method, max_new_tokens, prompt, platform, kernels, kv_dtype)
     past = None if cache is None else cache.folded()
     if prefill_chunk is not None:
         return compile_chunks(_chunks(model, prompt, static, prefill_chunk, cache))
-    call = partial(_compile_and_call, model)
 
-    def every_program(model: Llama, prompt: Prompt, past: KVCache | None) -> Prefill:
+    def every_program(prompt: Prompt, past: KVCache | None) -> Prefill:
         if not isinstance(method, Adaptive):
-            return run_stages(model, prompt, past, static, call, GROUP)
+            return run_stages(model, prompt, past, static, _compile_and_call, GROUP)
         values = chain([1.0], repeat(0.0))  # as if the layer after the first were chosen
-        return run_adaptive(model, prompt, past, static, call, disagreement=lambda *_: next(values))
+        return run_adaptive(model, prompt, past, static, _compile_and_call, disagreement=lambda *_: next(values))
 
-    if not progress and not isinstance(method, Adaptive):
+    if progress or isinstance(method, Adaptive):
+        jax.eval_shape(every_program, prompt, past)
+    else:
         run_jit.lower(model, prompt, past, static=static).compile()
-        return jax.eval_shape(partial(run_jit, static=static), model, prompt, past)
-    result = jax.eval_shape(every_program, model, prompt, past)
-    return None if isinstance(method, Adaptive) else result
 
 
 def check_prompt(
@@ -179,18 +173,16 @@ def _static(model, method, max_new_tokens, prompt: Prompt, platform, kernels, kv
 
 
 def platform_of(model: Llama) -> Platform:
-    """Where the model's weights live; where jax would put them if they are traced or only shapes."""
-    weights = jax.tree.leaves(model)[0]
-    here = isinstance(weights, jax.Array) and not isinstance(weights, Tracer)
-    name = next(iter(weights.devices())).platform if here else jax.default_backend()
+    """Where the model's weights live; where jax would put them if they are traced."""
+    weights = model.norm[...]
+    name = jax.default_backend() if isinstance(weights, Tracer) else next(iter(weights.devices())).platform
     return "gpu" if name in ("gpu", "cuda", "rocm") else "tpu" if name == "tpu" else "cpu"
 
 
-def _compile_and_call(model: Llama, program: Any, *args: Any, **static: Any) -> Any:
-    """Compile a program for this model and arguments of which only the shapes are known; the shapes of its results."""
+def _compile_and_call(program: Any, *args: Any, **static: Any) -> Any:
+    """Compile a program for arguments of which only the shapes are known, and pass on the shapes of its results."""
     shapes = [
-        model if isinstance(a, Llama) else jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), a)
-        for a in args
+        a if isinstance(a, Llama) else jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), a) for a in args
     ]
     program.lower(*shapes, **static).compile()
     return program(*args, **static)

@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 
 from fastkv_jax import sharding
 from fastkv_jax.checkpoint import gguf, hugging_face, known_models, orbax
-from fastkv_jax.checkpoint.assemble import abstract_model as abstract_model
 from fastkv_jax.config import LlamaConfig
 from fastkv_jax.errors import CheckpointError, FastKVConfigError
 from fastkv_jax.model import Llama

@@ -1,29 +1,39 @@
 """What a user of generate.py waits for: seconds from the command to the first token, and the peak of its memory.
 
-Each run is a process of its own, as a shell would start it; what full context's bare prefill of the same prompt takes is
-measured in between, in this process. Programs are compiled and kept in a first round that does not count, but for the
-run that keeps none.
+Each run is a process of its own, as a shell would start it, and so is what full context's bare prefill of as many
+tokens takes, everything loaded and compiled. Programs are compiled and kept in a first round that does not count, but
+for the run that keeps none. This process itself needs no device.
 
   benchmark.py command --tokens 1900 7250 --repeats 5
 """
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastkv_jax import checkpoint, text
 from fastkv_jax.cli import common
+from fastkv_jax.cli.report import Reporter
 from fastkv_jax.errors import FastKVConfigError
+from fastkv_jax.evals.documents import document
 
 QUESTION = "What is the secret number of the harbour safe?"
 KIB = 1 if sys.platform == "darwin" else 1024  # what a process's peak memory is counted in
+# A process begins with the peak of the one that started it, so that a small one must stand between.
+STARTER = """
+import os, resource, subprocess, sys
+code = subprocess.call(sys.argv[2:])
+os.write(int(sys.argv[1]), str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss).encode())
+sys.exit(code)
+"""
 
 
 class Waited(NamedTuple):
@@ -32,6 +42,7 @@ class Waited(NamedTuple):
     first: float  # seconds to the first character on stdout
     whole: float
     peak: int  # bytes
+    out: str  # what it printed
 
 
 def parser() -> common.Parser:
@@ -60,19 +71,10 @@ def _run(options: argparse.Namespace) -> int:
     ):  # fmt: skip
         if value < least:
             raise FastKVConfigError(f"{name} must be >= {least}, got {value}")
-    platform = common.choose_platform(options)
-    common.use_compile_cache()
-    import jax
-
-    from fastkv_jax import checkpoint, text
-    from fastkv_jax.cli.report import Reporter
-
     say = Reporter(quiet=options.quiet)
-    dtype = common.dtype_for(options, platform)
-    say.header(platform, dtype)
     found = checkpoint.resolve(options.model, progress=not options.quiet)
-    tokenizer, model = text.load_tokenizer(found), checkpoint.load_model(found, dtype)
-    shared = ["--model", options.model, "--platform", platform, "--dtype", dtype, "-n", "2"]
+    tokenizer = text.load_tokenizer(found)
+    shared = ["--model", options.model, "--platform", options.platform, "--dtype", options.dtype]
     variants = {
         "full": ["--method", "full"],
         "preset": [],
@@ -80,82 +82,72 @@ def _run(options: argparse.Namespace) -> int:
         f"preset, --prefill-chunk {options.chunk}": ["--prefill-chunk", str(options.chunk)],
     }
     rows: list[dict[str, Any]] = []
+    device: dict[str, Any] = {}
     for tokens in options.tokens:
         prompt, count = _prompt(tokenizer, tokens)
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / "prompt.txt"
             file.write_text(prompt, encoding="utf-8")
-            asked = [*shared, "--prompt-file", str(file)]
-            runs = {name: lambda more=more, asked=asked: wait_for([*asked, *more]) for name, more in variants.items()}
-            rows += _race(runs, _bare(model, tokenizer, prompt), count, options.repeats, say)
-    usage = [wait_for(["--help"]) for _ in range(options.repeats)]
-    found = {
-        "device": jax.devices()[0].device_kind, "jax": jax.__version__, "model": found.name, "dtype": dtype,
+            asked = ["generate", *shared, "-n", "2", "--prompt-file", str(file)]
+            runs = {name: partial(wait_for, [*asked, *more]) for name, more in variants.items()}
+            bare = ["benchmark", *shared, "--method", "full", "--tokens", str(count), "--new-tokens", "16", "--json"]
+            device = _race(runs, partial(wait_for, bare), count, options.repeats, say, rows)
+    usage = [wait_for(["generate", "--help"]) for _ in range(options.repeats)]
+    result = {
+        **{name: device[name] for name in ("device", "jax", "model", "dtype")},
         "repeats": options.repeats, "help_s": statistics.median(run.whole for run in usage), "rows": rows,
     }  # fmt: skip
-    print(json.dumps(found) if options.json else _table(found))
+    print(json.dumps(result) if options.json else _table(result))
     return common.OK
 
 
 def wait_for(words: list[str]) -> Waited:
-    """Run `generate.py` with these words. Raises `RuntimeError` with its last line if it fails."""
-    began = time.perf_counter()
-    command = [sys.executable, "-m", "fastkv_jax", "generate", *words]
-    with tempfile.TemporaryFile() as errors:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as process:
+    """Run `python -m fastkv_jax` with these words. Raises `RuntimeError` with its last line if it fails."""
+    command = [sys.executable, "-m", "fastkv_jax", *words]
+    with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as peak:
+        began = time.perf_counter()
+        start = [sys.executable, "-S", "-E", "-c", STARTER, str(peak.fileno()), *command]
+        with subprocess.Popen(
+            start, stdout=subprocess.PIPE, stderr=errors, pass_fds=[peak.fileno()], text=True
+        ) as process:
             assert process.stdout is not None
-            process.stdout.read(1)
+            out = process.stdout.read(1)
             first = time.perf_counter() - began
-            process.stdout.read()
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
+            out += process.stdout.read()
         whole = time.perf_counter() - began
+        errors.seek(0)
+        peak.seek(0)
         if process.returncode:
-            errors.seek(0)
             raise RuntimeError(errors.read().decode(errors="replace").strip().splitlines()[-1])
-    return Waited(first, whole, usage.ru_maxrss * KIB)
+        return Waited(first, whole, int(peak.read()) * KIB, out)
 
 
 def _prompt(tokenizer, tokens: int) -> tuple[str, int]:
     """A chronicle of about so many tokens with the question behind it, and how many they are in the chat."""
-    from fastkv_jax import text
-    from fastkv_jax.evals.documents import document
-
     ids = text.continue_with(tokenizer, document(tokens))[:tokens]
     prompt = f"{tokenizer.decode(ids)}\n\n{QUESTION}"
-    return prompt, len(_encoded(tokenizer, prompt))
-
-
-def _encoded(tokenizer, prompt: str) -> list[int]:
-    from fastkv_jax import text
-
     encode = text.encode_chat if text.has_chat_template(tokenizer) else text.encode_raw
-    return encode(tokenizer, prompt).token_ids
+    return prompt, len(encode(tokenizer, prompt).token_ids)
 
 
-def _bare(model, tokenizer, prompt: str) -> Callable[[], float]:
-    """Seconds of full context's prefill, everything loaded and compiled."""
-    import jax
+def _race(
+    runs: dict[str, Callable[[], Waited]],
+    bare: Callable[[], Waited],
+    count: int,
+    repeats: int,
+    say: Reporter,
+    rows: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Add medians and ranges of interleaved rounds to `rows`; the first round fills caches and does not count.
 
-    from fastkv_jax import buckets, inference
-    from fastkv_jax.methods import FullKV
-
-    tokens, start = buckets.pad_batch([_encoded(tokenizer, prompt)])
-
-    def run() -> float:
-        began = time.perf_counter()
-        jax.block_until_ready(inference.prefill(model, tokens, start, method=FullKV(), max_new_tokens=2))
-        return time.perf_counter() - began
-
-    return run
-
-
-def _race(runs: dict[str, Callable[[], Waited]], bare, count: int, repeats: int, say) -> list[dict[str, Any]]:
-    """Medians and ranges of interleaved rounds; the first one fills caches and does not count."""
+    Returns what the benchmark of the bare prefill says of the machine.
+    """
     waited: dict[str, list[Waited]] = {name: [] for name in runs}
     alone: list[float] = []
+    machine: dict[str, Any] = {}
     for turn in range(repeats + 1):
-        seconds = bare()
+        machine = json.loads(bare().out)
+        seconds = machine["rows"][0]["prefill_s"]
         say.line("round", f"{turn}{' (warm-up)' if not turn else ''}  {count:,} tokens  bare prefill {seconds:.2f} s")
         if turn:
             alone.append(seconds)
@@ -164,7 +156,6 @@ def _race(runs: dict[str, Callable[[], Waited]], bare, count: int, repeats: int,
             say.line("", f"{name}: first token after {one.first:.2f} s, peak {one.peak / 1e9:.2f} GB")
             if turn:
                 waited[name].append(one)
-    rows = []
     for name, found in waited.items():
         first = [run.first for run in found]
         rows.append({
@@ -174,7 +165,7 @@ def _race(runs: dict[str, Callable[[], Waited]], bare, count: int, repeats: int,
             "bare_prefill_s": statistics.median(alone),
             "peak_bytes": int(statistics.median(run.peak for run in found)),
         })  # fmt: skip
-    return rows
+    return machine
 
 
 def _table(found: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import gc
 import io
 import os
 import re
@@ -161,6 +162,7 @@ def run(command: Callable[[argparse.Namespace], int], options: argparse.Namespac
     """Run a command; turn what it raises into one line on stderr and an exit code."""
     from fastkv_jax.errors import BackendError, CheckpointError, FastKVConfigError, InputError
 
+    gc.set_threshold(50_000, 50, 50)  # imports and tracing make many objects and no garbage: a tenth of their time
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to fail
     warnings.showwarning = _ignore if options.quiet else _show_warning

@@ -116,25 +116,6 @@ class Engine:
         result = inference.prefill(self.model, tokens, start, **self._options(0))
         return jax.block_until_ready(result), tokens, start
 
-    def compile(
-        self,
-        prompt: Encoded,
-        on_compile: Callable[[str, float], object] = lambda program, seconds: None,
-        progress: bool = False,
-    ) -> float:
-        """Compile what `answer` will run, with a model or with the shapes of one; the seconds that took.
-
-        Decoding is left out where its shapes depend on the prompt.
-        """
-        tokens, start = pad_batch([prompt.token_ids])
-        options = self._options(self.max_new_tokens) | {"window_end": prompt.window_end}
-        with _Timer() as prefill:
-            shapes = inference.compile_prefill(self.model, tokens, start, **options, progress=progress)
-        on_compile(f"prefill[{tokens.shape[1]:,}]", prefill.seconds)
-        if shapes is None:
-            return prefill.seconds
-        return prefill.seconds + self._compile_decode(shapes, on_compile)
-
     def answer(
         self,
         prompt: Encoded,
@@ -152,13 +133,12 @@ class Engine:
         answer.kept = effective_budgets(
             self.method, answer.prompt_tokens, prompt.window_end, self.model.config.num_layers
         )
-        answer.compile_s = self.compile(prompt, on_compile, progress is not None)
-        options: dict[str, Any] = self._options(self.max_new_tokens) | {"window_end": prompt.window_end}
-        with _Timer() as timer:
-            result = jax.block_until_ready(inference.prefill(self.model, tokens, start, **options, progress=progress))
-        answer.prefill_s = timer.seconds
+        result = self._prefill(answer, tokens, start, prompt.window_end, on_compile, progress)
         on_prefill(result, tokens, start)
-        answer.compile_s += self._compile_decode(result, on_compile)
+        with _Timer() as timer:
+            generation.compile_decode(self.model, result, sampler=self.sampler, kernels=self.kernels)
+        answer.compile_s += timer.seconds
+        on_compile("decode", timer.seconds)
         began = time.perf_counter()
         try:
             self._decode(answer, result, on_text)
@@ -167,11 +147,17 @@ class Engine:
         answer.decode_s = time.perf_counter() - began
         return answer
 
-    def _compile_decode(self, result: inference.Prefill, on_compile: Callable[[str, float], object]) -> float:
+    def _prefill(self, answer: Answer, tokens, start, window_end: int, on_compile, progress) -> inference.Prefill:
+        options: dict[str, Any] = self._options(self.max_new_tokens) | {"window_end": window_end}
+        progress = progress if answer.bucket >= LONG_PROMPT else None
         with _Timer() as timer:
-            generation.compile_decode(self.model, result, sampler=self.sampler, kernels=self.kernels)
-        on_compile("decode", timer.seconds)
-        return timer.seconds
+            inference.compile_prefill(self.model, tokens, start, **options, progress=progress is not None)
+        answer.compile_s += timer.seconds
+        on_compile(f"prefill[{answer.bucket:,}]", timer.seconds)
+        with _Timer() as timer:
+            result = jax.block_until_ready(inference.prefill(self.model, tokens, start, **options, progress=progress))
+        answer.prefill_s = timer.seconds
+        return result
 
     def _options(self, new: int) -> dict[str, Any]:
         return {

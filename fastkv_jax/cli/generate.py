@@ -15,7 +15,6 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -197,21 +196,17 @@ def _generate(options: argparse.Namespace, requests: list[prompts.Request], plat
         )
         return common.OK
 
+    with say.timed("loading", f"{found.name}") as note:
+        model = checkpoint.load_model(found, dtype, check_weights=options.check_weights, progress=say.interactive)
+        jax.block_until_ready(model)
+        note(f"{sum(a.nbytes for a in jax.tree.leaves(model)) / 1e9:.2f} GB")
     greedy = options.temperature == 0
     sampler = Greedy() if greedy else Sample(options.temperature, options.top_p, options.top_k, options.min_p)
+    cache = None if saved is None else saved.load(model, tokenizer)
     engine = Engine(
-        checkpoint.abstract_model(config, checkpoint.parse_dtype(dtype), None), tokenizer, method, sampler,
-        options.seed, options.max_new_tokens, options.stop, None, options.kernels, KV_DTYPES.get(options.kv_dtype),
-        options.prefill_chunk,
+        model, tokenizer, method, sampler, options.seed, options.max_new_tokens, options.stop, cache,
+        options.kernels, KV_DTYPES.get(options.kv_dtype), options.prefill_chunk,
     )  # fmt: skip
-    with say.timed("loading", f"{found.name}") as note:
-        alone = options.input is None and saved is None and options.save_cache is None
-        compiling = _compile_beside(engine, jobs[0][1], say) if alone else None
-        model = checkpoint.load_model(found, dtype, check_weights=options.check_weights, progress=say.interactive)
-        engine = replace(engine, model=jax.block_until_ready(model))
-        note(f"{sum(a.nbytes for a in jax.tree.leaves(model)) / 1e9:.2f} GB")
-    if saved is not None:
-        engine = replace(engine, cache=saved.load(model, tokenizer))
     effective = {
         "preset": preset.name,
         "method": options.method if saved is None else saved.method,
@@ -221,7 +216,7 @@ def _generate(options: argparse.Namespace, requests: list[prompts.Request], plat
         "platform": platform,
     }
     if options.input is None:
-        return _one(options, engine, jobs[0][1], say, effective, compiling)
+        return _one(options, engine, jobs[0][1], say, effective)
     return _many(options, engine, jobs, say)
 
 
@@ -269,15 +264,7 @@ def _encode_all(options, requests, tokenizer, config, preset, chat, saved) -> It
         yield request, job
 
 
-def _compile_beside(engine, job, say) -> Future[float]:
-    """Compile in a thread of its own, from shapes, while weights load."""
-    beside = ThreadPoolExecutor(1)
-    compiling = beside.submit(engine.compile, job, progress=say.draws_progress(job))
-    beside.shutdown(wait=False)
-    return compiling
-
-
-def _one(options, engine, job, say, effective: dict[str, Any], compiling: Future[float] | None) -> int:
+def _one(options, engine, job, say, effective: dict[str, Any]) -> int:
     """One answer, streamed to stdout."""
     from fastkv_jax.cli import report
     from fastkv_jax.explaining import explain
@@ -295,12 +282,8 @@ def _one(options, engine, job, say, effective: dict[str, Any], compiling: Future
             return common.OK
     out = report.AnswerWriter(sys.stdout, options.stream_interval, strip_controls=options.no_color)
     show = (lambda piece: None) if options.json else out.write
-    before = 0.0 if compiling is None else compiling.result()
-    if compiling is not None:
-        say.compiled("while loading", before)
     with _terminable(), say.progress(layers_run(engine.method, engine.model.config.num_layers), job) as progress:
         answer = engine.answer(job, show, say.compiled, progress, picture)
-    answer.compile_s += before
     if options.json:
         out.write(json.dumps(report.as_json(answer, effective), ensure_ascii=False, allow_nan=False))
     out.finish()

@@ -89,14 +89,10 @@ class Reporter:
         if seconds >= 0.1:
             self.line("compile", f"{program}  {seconds:.1f} s")
 
-    def draws_progress(self, job: Encoded) -> bool:
-        """Whether a prompt is read with a bar."""
-        return self.interactive and bucket_for(len(job.token_ids)) >= LONG_PROMPT
-
     @contextlib.contextmanager
     def progress(self, layers: int, job: Encoded) -> Iterator[Callable[[int], object] | None]:
         """A bar over the layers of a long prefill, None where there is nobody to watch it."""
-        if not self.draws_progress(job):
+        if not self.interactive or bucket_for(len(job.token_ids)) < LONG_PROMPT:
             yield None
             return
         with tqdm(total=layers, desc="prefill", unit="layer", file=sys.stderr, leave=False) as bar:

@@ -70,7 +70,7 @@ def test_what_a_user_waits_for_is_measured_from_the_outside(capsys, tiny_model):
 
 def test_a_command_that_fails_says_why():
     with pytest.raises(RuntimeError, match="error: max_new_tokens must be >= 1, got 0"):
-        benchmark_command.wait_for(["--prompt", "x", "-n", "0"])
+        benchmark_command.wait_for(["generate", "--prompt", "x", "-n", "0"])
 
 
 @pytest.mark.parametrize(
