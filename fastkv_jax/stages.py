@@ -216,9 +216,8 @@ def run_layers(
     cos, sin = rope.angles(c.rope, c.head_dim, jnp.maximum(places, 0))
     frequencies = jnp.asarray(rope.frequencies(c.rope, c.head_dim))
 
-    def layer(carry, inputs):
-        x, token_scores = carry
-        index, kept, past = inputs
+    def read(x, token_scores, index, kept):
+        """What a layer makes of the rows before they attend, and which entries it keeps."""
         block = model.layer(index)
         q, k, v = block.qkv(x, cos, sin)
         k, v = (split(a, model.mesh, DATA, MODEL) for a in (k, v))  # gathered once, for attention and for scores
@@ -229,21 +228,34 @@ def run_layers(
             entries = None if stage.capacity == 0 else keep(seen, seen.protect(scores.kv), stage)
             if entries is not None and static.kv_dtype is not None:
                 entries = entries.quantized(static.kv_dtype)
-            if stage.capacity:  # before attention makes copies of its own, which is the peak of memory
-                (q, k, v), token_scores, entries = lax.optimization_barrier(((q, k, v), token_scores, entries))
+        return (q, k, v), token_scores, entries
+
+    def layer(carry, inputs):
+        x, token_scores, stored = carry
+        index, place, kept, past = inputs
+        (q, k, v), token_scores, entries = read(x, token_scores, index, kept)
+        if stored is not None:  # before attention makes copies of its own, which is the peak of memory
+            stored = jax.tree.map(partial(lax.dynamic_update_index_in_dim, index=place, axis=0), stored, entries)
+            (q, k, v), token_scores, stored = lax.optimization_barrier(((q, k, v), token_scores, stored))
+            entries = None  # nothing waits for the end of the turn
         with jax.named_scope("attention"):
             if past is None:
                 attended = attention(q, k, v, rows.start, platform=static.platform, mesh=model.mesh)
             else:
                 old = past.dequantized(k.dtype)
                 attended = attention_after((old.k, old.v, old.positions >= 0, old.heads), q, k, v, rows.start)
-            x = block.output(x, attended, parts_of(x.shape[1], model.mesh))
+            x = model.layer(index).output(x, attended, parts_of(x.shape[1], model.mesh))
         if past is not None and entries is not None and static.extends:
             entries = past.extended(entries, c.num_kv_heads)
-        return (x, token_scores), entries
+        return (x, token_scores, stored), entries
 
-    (x, token_scores), entries = lax.scan(layer, (x, token_scores), (layers, kept, past))
-    return Progress(x, rows, token_scores), entries
+    stored = None
+    if stage.capacity and (past is None or not static.extends):
+        one = jax.eval_shape(read, x, token_scores, layers[0], kept[0])[2]
+        stored = jax.tree.map(lambda a: jnp.zeros((len(layers), *a.shape), a.dtype), one)
+    inputs = layers, jnp.arange(len(layers)), kept, past
+    (x, token_scores, stored), entries = lax.scan(layer, (x, token_scores, stored), inputs)
+    return Progress(x, rows, token_scores), entries if stored is None else stored
 
 
 def keep(layer: Layer, scores, stage: Shape) -> SegmentKV:
