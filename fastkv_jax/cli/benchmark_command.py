@@ -90,7 +90,8 @@ def _run(options: argparse.Namespace) -> int:
             file.write_text(prompt, encoding="utf-8")
             asked = ["generate", *shared, "-n", "2", "--prompt-file", str(file)]
             runs = {name: partial(wait_for, [*asked, *more]) for name, more in variants.items()}
-            bare = ["benchmark", *shared, "--method", "full", "--tokens", str(count), "--new-tokens", "16", "--json"]
+            bare = ["benchmark", *shared, "--method", "full", "--tokens", str(count)]
+            bare += ["--new-tokens", "16", "--repeats", "1", "--json"]
             device = _race(runs, partial(wait_for, bare), count, options.repeats, say, rows)
     usage = [wait_for(["generate", "--help"]) for _ in range(options.repeats)]
     result = {
