@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from fastkv_jax import checkpoint, text
 from fastkv_jax.cli import common
 from fastkv_jax.cli.report import Reporter
-from fastkv_jax.errors import FastKVConfigError
+from fastkv_jax.errors import BackendError, FastKVConfigError
 from fastkv_jax.evals.documents import document
 
 QUESTION = "What is the secret number of the harbour safe?"
@@ -48,7 +48,7 @@ class Waited(NamedTuple):
 def parser() -> common.Parser:
     """All flags, with their ranges."""
     parser = common.Parser(prog="benchmark.py command", description=__doc__)
-    group = common.add_model_flags(parser)
+    common.add_model_flags(parser)
     group = parser.add_argument_group("what to time")
     group.add_argument("--tokens", type=int, nargs="+", default=[1900], metavar="N", help="lengths of the document, "
                        ">= 64 (default: 1900)")  # fmt: skip
@@ -56,7 +56,7 @@ def parser() -> common.Parser:
                        "(default: 1024)")  # fmt: skip
     group.add_argument("--repeats", type=int, default=3, metavar="N", help="timed rounds, >= 1 (default: 3)")
     group.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    common.add_run_flags(parser)
+    common.add_device_flags(parser)
     return parser
 
 
@@ -75,6 +75,7 @@ def _run(options: argparse.Namespace) -> int:
     found = checkpoint.resolve(options.model, progress=not options.quiet)
     tokenizer = text.load_tokenizer(found)
     shared = ["--model", options.model, "--platform", options.platform, "--dtype", options.dtype]
+    shared += [] if options.mem_fraction is None else ["--mem-fraction", str(options.mem_fraction)]
     variants = {
         "full": ["--method", "full"],
         "preset": [],
@@ -103,7 +104,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def wait_for(words: list[str]) -> Waited:
-    """Run `python -m fastkv_jax` with these words. Raises `RuntimeError` with its last line if it fails."""
+    """Run `python -m fastkv_jax` with these words. Raises `BackendError` with its last line if it fails."""
     command = [sys.executable, "-m", "fastkv_jax", *words]
     with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as peak:
         began = time.perf_counter()
@@ -119,7 +120,8 @@ def wait_for(words: list[str]) -> Waited:
         errors.seek(0)
         peak.seek(0)
         if process.returncode:
-            raise RuntimeError(errors.read().decode(errors="replace").strip().splitlines()[-1])
+            said = errors.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
+            raise BackendError(f"{' '.join(words[:1])}: {said[-1].removeprefix('error: ')}")
         return Waited(first, whole, int(peak.read()) * KIB, out)
 
 

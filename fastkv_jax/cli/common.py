@@ -75,6 +75,15 @@ def dtype_for(options: argparse.Namespace, platform: str) -> str:
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that runs a model."""
+    group = add_device_flags(parser)
+    group.add_argument(
+        "--no-compile-cache", action="store_true", help="do not keep compiled programs in the user's cache folder"
+    )
+    group.add_argument("-v", "--verbose", action="store_true", help="log every compilation")
+
+
+def add_device_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Where to run, and what to say of it; returns their group."""
     group = parser.add_argument_group("device and reports")
     group.add_argument(
         "--platform",
@@ -88,12 +97,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="share of GPU memory JAX may take, in (0, 1] (JAX's default: 0.75)",
     )
-    group.add_argument(
-        "--no-compile-cache", action="store_true", help="do not keep compiled programs in the user's cache folder"
-    )
     group.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
-    group.add_argument("-v", "--verbose", action="store_true", help="log every compilation")
     group.add_argument("--debug", action="store_true", help="show tracebacks")
+    return group
 
 
 def choose_platform(options: argparse.Namespace) -> str:

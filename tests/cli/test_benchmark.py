@@ -5,6 +5,7 @@ import json
 import pytest
 
 from fastkv_jax.cli import benchmark, benchmark_command, device_rates
+from fastkv_jax.errors import BackendError
 
 KERNELS = ["kernels", "--platform", "cpu", "--quiet", "--no-compile-cache", "--repeats", "1", "--rows", "1"]
 
@@ -69,7 +70,7 @@ def test_what_a_user_waits_for_is_measured_from_the_outside(capsys, tiny_model):
 
 
 def test_a_command_that_fails_says_why():
-    with pytest.raises(RuntimeError, match="error: max_new_tokens must be >= 1, got 0"):
+    with pytest.raises(BackendError, match="^generate: max_new_tokens must be >= 1, got 0$"):
         benchmark_command.wait_for(["generate", "--prompt", "x", "-n", "0"])
 
 
