@@ -121,8 +121,10 @@ def from_hugging_face(
         output_bias=bias and architecture != "Qwen2ForCausalLM",
         qk_norm=architecture == "Qwen3ForCausalLM",
         sliding_window=_sliding_window(config, architecture, layers, source),
-        stop_tokens=_token_ids(generation, config, "eos_token_id", source),
-        pad_token=(_token_ids(generation, config, "pad_token_id", source) or (None,))[0],
+        stop_tokens=token_ids(generation, "eos_token_id", source) or token_ids(config, "eos_token_id", source),
+        pad_token=next(
+            iter(token_ids(generation, "pad_token_id", source) or token_ids(config, "pad_token_id", source)), None
+        ),
     )
 
 
@@ -182,10 +184,12 @@ def _rope(config: Mapping[str, Any], source: str) -> RopeConfig:
     return RopeConfig(theta, scaling)
 
 
-def _token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], field: str, source: str) -> tuple[int, ...]:
-    """Ids from generation_config.json, else config.json; one id or a list (Llama 3 has several stop tokens)."""
-    value = generation.get(field)
-    value = config.get(field) if value is None else value
+def token_ids(config: Mapping[str, Any], field: str, source: str) -> tuple[int, ...]:
+    """Ids in a field of config.json or generation_config.json: one or a list (Llama 3 has several stop tokens).
+
+    Raises `CheckpointError` naming `source`, the field and its value.
+    """
+    value = config.get(field)
     if value is None:
         return ()
     ids = tuple(value) if isinstance(value, list) else (value,)

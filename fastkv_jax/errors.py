@@ -1,4 +1,7 @@
-"""The four kinds of error a caller can act on; every message names what was found, what is allowed, what to do."""
+"""The four kinds of error a caller can act on; every message names what was found, what is allowed, what to do.
+
+What is doubtful but usable is a `ModelWarning`.
+"""
 
 
 class FastKVConfigError(ValueError):
@@ -15,6 +18,10 @@ class CheckpointError(ValueError):
 
 class BackendError(RuntimeError):
     """A device or backend that is missing, busy or out of memory."""
+
+
+class ModelWarning(UserWarning):
+    """A model's files contradict themselves or leave something out; the message says what was believed."""
 
 
 class Terminated(BaseException):

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from tokenizers.decoders import DecodeStream
 
 from fastkv_jax.errors import FastKVConfigError, InputError
 from fastkv_jax.files import check_target, replacing
 from fastkv_jax.inference import Prefill
+from fastkv_jax.text import TextStream
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,16 +153,12 @@ def _marked(positions: Int[np.ndarray, " C"], n: int) -> Bool[np.ndarray, " n"]:
 
 def _texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The text that each token adds; a character made of several tokens belongs to the last of them."""
-    backend, texts, waiting = tokenizer.backend_tokenizer, [], 0
-    decoder = DecodeStream(skip_special_tokens=False)
-    for index, token in enumerate(ids):
-        text = decoder.step(backend, token)
-        waiting = 0 if text else waiting + 1
-        # A character has at most four bytes. Longer waits are not text, and would be decoded again with every token.
-        if waiting and (waiting == 8 or index == len(ids) - 1):
-            text = backend.decode(list(ids[index + 1 - waiting : index + 1]), skip_special_tokens=False)
-            decoder, waiting = DecodeStream(skip_special_tokens=False), 0
-        texts.append(text or "")
+    stream, texts = TextStream(tokenizer, skip_special_tokens=False), []
+    for token, following in zip(ids, [*ids[1:], None], strict=True):
+        text = stream.push(token)
+        # A run of byte tokens ends with its last one, not with the token after it.
+        ends = following is None or (stream.is_byte(token) and not stream.is_byte(following))
+        texts.append(text + stream.flush() if ends else text)
     return texts
 
 

@@ -1,22 +1,26 @@
 """Text in and out: tokenizers, chat prompts, streamed text, stop strings."""
 
 import os
+import re
 import tempfile
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from etils import epath
-from tokenizers.decoders import DecodeStream
 
+from fastkv_jax.chat_template import Rendering, has_chat_template, render
 from fastkv_jax.checkpoint import Resolved, orbax, resolve
 from fastkv_jax.checkpoint.quiet import quiet
+from fastkv_jax.checkpoint.special_tokens import mend_special_tokens
 from fastkv_jax.config import LlamaConfig
-from fastkv_jax.errors import CheckpointError, FastKVConfigError, InputError
+from fastkv_jax.errors import CheckpointError, FastKVConfigError, InputError, ModelWarning
 
-MAX_TEMPLATE_CHARACTERS = 1_000_000
-"""What a chat template may add to the messages. Templates come with the model; a loop in one can render gigabytes."""
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # a token that is one byte of a character
+_SPACES = ("▁", "Ġ")  # how tokenizers write a space
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,19 @@ class EncodedPrompt:
 def load_tokenizer(source: str | os.PathLike[str] | Resolved) -> Any:
     """The tokenizer of any source that `load_model` accepts, as a transformers tokenizer.
 
+    If the source was resolved with another tokenizer, that one. Warns with a `ModelWarning` of what is doubtful.
     Raises `CheckpointError` if files are missing or damaged, or if it would need code from the model folder.
     """
     found = source if isinstance(source, Resolved) else resolve(source)
+    found = found.tokenizer or found
+    tokenizer = _load(found)
+    names = [str(name) for name in tokenizer.special_tokens_map.values()]
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    mend_special_tokens(tokenizer.backend_tokenizer, template, names, os.fspath(found.path))
+    return tokenizer
+
+
+def _load(found: Resolved) -> Any:
     if found.kind == "gguf":
         return _from_gguf(Path(found.path))
     if orbax.is_remote(found.path):  # transformers reads local folders only
@@ -75,11 +89,6 @@ def check_vocabulary(tokenizer: Any, config: LlamaConfig) -> None:
         raise CheckpointError(f"the tokenizer has {size} ids, the model's embedding only {config.vocab_size} rows")
 
 
-def has_chat_template(tokenizer: Any) -> bool:
-    """Whether `encode_chat` can be used."""
-    return bool(getattr(tokenizer, "chat_template", None))
-
-
 def encode_raw(tokenizer: Any, text: str, *, split_special_tokens: bool = False) -> EncodedPrompt:
     """A text without a template: with BOS if the tokenizer adds it, once even if the text brings its own."""
     ids = list(tokenizer(text, verbose=False, split_special_tokens=split_special_tokens)["input_ids"])
@@ -88,10 +97,26 @@ def encode_raw(tokenizer: Any, text: str, *, split_special_tokens: bool = False)
 
 
 def continue_with(tokenizer: Any, text: str, *, split_special_tokens: bool = False) -> list[int]:
-    """Tokens of a text that goes on where another has ended."""
-    return list(
-        tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=split_special_tokens)["input_ids"]
-    )
+    """Tokens of a text that goes on where another has ended: no BOS, and no space that nobody wrote.
+
+    Tokenizers of sentencepiece's kind put a space before every text they are given, as if it began a sentence.
+    """
+
+    def encode(part: str) -> list[int]:
+        options = {"add_special_tokens": False, "verbose": False, "split_special_tokens": split_special_tokens}
+        return list(tokenizer(part, **options)["input_ids"])
+
+    if not text or not _puts_a_space_before(tokenizer):
+        return encode(text)
+    before = encode("\n")  # nothing merges with a newline here: it is a byte or a token of its own
+    both = encode("\n" + text)
+    return both[len(before) :] if both[: len(before)] == before else encode(text)
+
+
+def _puts_a_space_before(tokenizer: Any) -> bool:
+    """Whether a text without a space is read as one with a space."""
+    tokens = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).tokens
+    return bool(tokens) and tokens[0].startswith(_SPACES)
 
 
 def encode_chat(
@@ -101,57 +126,102 @@ def encode_chat(
     prefill: str | None = None,
     *,
     split_special_tokens: bool = False,
+    rendering: Rendering = Rendering(),  # noqa: B008 - a frozen value
 ) -> EncodedPrompt:
     """A one-question chat, ready for the answer, which starts with `prefill` if that is given.
 
     Texts of special tokens in the prompt become those tokens, as everywhere in the field, unless
-    `split_special_tokens`. Raises `InputError` if there is no template, or it refuses the messages or renders too much.
+    `split_special_tokens`. Warns if the template changes the question's words. Raises `InputError` if there is no
+    template, or it refuses the messages, leaves one out or renders too much.
     """
     if not has_chat_template(tokenizer):
         raise InputError("this tokenizer has no chat template; use --raw")
     if not prompt.strip():
         raise InputError("prompt is empty")
-    rendered = _render(tokenizer, prompt, system)
-    end = _question_end(tokenizer, rendered, prompt, system)
+    rendering = replace(rendering, moment=rendering.moment or datetime.now())  # one for all that is rendered here
+    rendered = render(tokenizer, _messages(prompt, system), rendering)
+    if prompt.strip() not in rendered:
+        warnings.warn("the model's chat template changes the words of the prompt", ModelWarning, stacklevel=2)
+    end = _question_end(tokenizer, rendered, prompt, system, rendering)
     first = next((end - len(text) for text in (prompt, prompt.strip()) if rendered[:end].endswith(text)), 0)
     text = rendered + (prefill or "")
 
     # The template writes BOS itself where the model wants one.
-    def encode(part: str, split: bool = False) -> Any:
-        options = {"add_special_tokens": False, "verbose": False, "split_special_tokens": split}
-        return tokenizer(part, return_offsets_mapping=True, **options)
+    def encode(part: str) -> Any:
+        return tokenizer(part, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
 
     if split_special_tokens:
-        head, tail = encode(text[:first])["input_ids"], encode(text[end:])["input_ids"]
-        words = encode(text[first:end], split=True)["input_ids"]
-        return EncodedPrompt([*head, *words, *tail], len(head), len(head) + len(words))
+        head = encode(text[:first])["input_ids"]
+        words = continue_with(tokenizer, text[first:end], split_special_tokens=True)
+        return EncodedPrompt([*head, *words, *continue_with(tokenizer, text[end:])], len(head), len(head) + len(words))
     encoded = encode(text)
     starts = [start for start, _ in encoded["offset_mapping"]]
     return EncodedPrompt(list(encoded["input_ids"]), sum(s < first for s in starts), sum(s < end for s in starts))
 
 
-class TextStream:
-    """Turns token ids into text piece by piece; a piece never ends inside a character. Special tokens are skipped."""
+def decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    """The text of some tokens, the same that a `TextStream` gives in pieces."""
+    return tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True)
-        self._ids: list[int] = []
-        self._text = ""
+
+class TextStream:
+    """Turns token ids into text piece by piece: together they are what `decode` makes of all ids at once.
+
+    Held back is what later tokens can change: an unfinished character, and a run of byte tokens, of which one that is
+    no UTF-8 makes U+FFFD of them all. Special tokens are skipped, unless told otherwise.
+    """
+
+    def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = True):
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._before: list[int] = []  # the last tokens shown: a decoder treats the first of a text differently
+        self._held: list[int] = []
 
     def push(self, token: int) -> str:
         """The text that this token completes, often empty."""
-        self._ids.append(int(token))
-        piece = self._decoder.step(self._tokenizer.backend_tokenizer, int(token)) or ""
-        self._text += piece
-        return piece
+        skipped = bool(self._held) and not self._decode([int(token)])  # in the middle of a run
+        self._held.append(int(token))
+        if skipped or self.is_byte(token):
+            return ""
+        whole = self._decode(self._before + self._held)
+        return "" if whole.endswith("\ufffd") else self._show(whole)
 
     def flush(self) -> str:
-        """What is left at the end, with U+FFFD for an incomplete character."""
-        full = self._tokenizer.backend_tokenizer.decode(self._ids, skip_special_tokens=True)
-        rest = full[len(self._text) :] if full.startswith(self._text) else ""
-        self._text += rest
-        return rest
+        """What is held back, with U+FFFD for an incomplete character."""
+        return self._show(self._decode(self._before + self._held))
+
+    def is_byte(self, token: int) -> bool:
+        """Whether a token is a byte of a character."""
+        return _BYTE.fullmatch(self._tokenizer.backend_tokenizer.id_to_token(int(token)) or "") is not None
+
+    def _show(self, whole: str) -> str:
+        piece = whole[len(self._decode(self._before)) :]
+        alone = self._decode(self._held)
+        self._before = self._held if alone else self._before + self._held
+        self._held = []
+        return piece
+
+    def _decode(self, ids: list[int]) -> str:
+        return decode(self._tokenizer, ids, skip_special_tokens=self._skip)
+
+
+def split_stops(tokenizer: Any, stops: Sequence[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """(stop strings, stop tokens): special tokens are left out of an answer's text, where they would never be found.
+
+    Raises `FastKVConfigError` for an empty one and for one that mixes a special token with text.
+    """
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().items()
+    special = {token.content: number for number, token in added if token.special}
+    strings, tokens = [], []
+    for stop in stops:
+        if not stop:
+            raise FastKVConfigError("a stop string must not be empty")
+        if (number := special.get(stop, special.get(stop.strip()))) is not None:
+            tokens.append(number)
+        elif inside := [text for text in special if text in stop]:
+            raise FastKVConfigError(f"stop {stop!r} mixes the special token {inside[0]} with text; give each alone")
+        else:
+            strings.append(stop)
+    return tuple(strings), tuple(dict.fromkeys(tokens))
 
 
 class StopMatcher:
@@ -222,30 +292,12 @@ def _from_gguf(path: Path) -> Any:
         )
 
 
-def render_chat(tokenizer: Any, prompt: str) -> str:
-    """The text that a one-question chat becomes, BOS included where the template writes one."""
-    return _render(tokenizer, prompt, None)
+def _messages(prompt: str, system: str | None) -> list[dict[str, str]]:
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": prompt}]
 
 
-def _render(tokenizer: Any, prompt: str, system: str | None) -> str:
-    from jinja2 import TemplateError
-
-    messages = [{"role": "user", "content": prompt}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError, OverflowError, MemoryError) as error:
-        raise InputError(f"the model's chat template failed: {error or type(error).__name__}") from error
-    added = len(rendered) - len(prompt) - len(system or "")
-    if added > MAX_TEMPLATE_CHARACTERS:
-        raise InputError(
-            f"the model's chat template adds {added} characters, more than {MAX_TEMPLATE_CHARACTERS}; use --raw"
-        )
-    return rendered
-
-
-def _question_end(tokenizer: Any, rendered: str, prompt: str, system: str | None) -> int:
+def _question_end(tokenizer: Any, rendered: str, prompt: str, system: str | None, rendering: Rendering) -> int:
     """Where the user's question ends in the rendered text.
 
     Everything after it comes from the template, so it is found by rendering another question and comparing the ends.
@@ -253,7 +305,7 @@ def _question_end(tokenizer: Any, rendered: str, prompt: str, system: str | None
     marker = "question"
     while marker in prompt or marker in (tokenizer.chat_template or "") or marker in (system or ""):
         marker += "Z"
-    other = _render(tokenizer, marker, system)
+    other = render(tokenizer, _messages(marker, system), rendering)
     tail = other[other.rfind(marker) + len(marker) :] if marker in other else None
     if tail is not None and rendered.endswith(tail):
         return len(rendered) - len(tail)

@@ -28,6 +28,7 @@ LEVEL_1 = {
     "files",
     "json_lines",
     "ops",
+    "chat_template",
 }
 MIDDLE = LEVEL_1 | {"cache", "methods", "model", "sampling", "kernels_pallas"}
 MAY_IMPORT = {

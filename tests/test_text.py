@@ -1,6 +1,7 @@
 """Tokenizers against recorded ids, chat prompts, and the two streams."""
 
 import json
+import re
 import unicodedata
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fastkv_jax import text
 from fastkv_jax.checkpoint import inspect
-from fastkv_jax.errors import CheckpointError, FastKVConfigError, InputError
+from fastkv_jax.checkpoint.gguf_file import open_gguf
+from fastkv_jax.errors import CheckpointError, FastKVConfigError, InputError, ModelWarning
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "real" / "tokenizer.json").read_text())
 TAIL = "<|im_end|>\n<|im_start|>assistant\n"
@@ -210,6 +212,96 @@ def test_user_defined_tokens(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("alias", "pre"), [("smaug-bpe", "llama-bpe"), ("llama3", "llama-bpe"), ("deepseek-r1-qwen", "qwen2"),
+                       ("starcoder", "smollm"), ("phi-2", "gpt-2")]
+)  # fmt: skip
+def test_pre_tokenizers_of_other_names(tmp_path, alias, pre):
+    one, other = (text.load_tokenizer(byte_level(tmp_path / f"{name}.gguf", pre=name)) for name in (alias, pre))
+    for sample in (case["text"] for case in GOLDEN["encode"]):
+        assert text.encode_raw(one, sample).token_ids == text.encode_raw(other, sample).token_ids
+
+
+def without_pre(path, tokens, merges, kinds=None):
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(merges)
+    writer.add_token_types(kinds or [1] * len(tokens))
+    writer.add_tensor("x", np.zeros(1, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_missing_pre_tokenizer_is_said(tmp_path):
+    """'1234' must not become one token, which gpt-2's rule would make of it."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "12", "34", "1234"]
+    path = without_pre(tmp_path / "m.gguf", tokens, ["1 2", "3 4", "12 34"])
+    with pytest.warns(ModelWarning, match="tokenizer.ggml.pre is missing: 'default' is used"):
+        assert text.encode_raw(text.load_tokenizer(path), "1234").token_ids == [
+            256,
+            tokens.index("3"),
+            tokens.index("4"),
+        ]
+
+
+def test_a_missing_pre_tokenizer_of_a_known_vocabulary(tmp_path, smollm2, smollm2_path):
+    found = open_gguf(smollm2_path).metadata
+    tokens, merges, kinds = (found[f"tokenizer.ggml.{key}"] for key in ("tokens", "merges", "token_type"))
+    path = without_pre(tmp_path / "m.gguf", tokens, merges, kinds)
+    with pytest.warns(ModelWarning, match="its vocabulary is that of 'smollm'"):
+        tokenizer = text.load_tokenizer(path)
+    for case in GOLDEN["encode"]:
+        assert text.encode_raw(tokenizer, case["text"]).token_ids == case["ids"]
+
+
+def special_as_text(path, kinds, template=None):
+    """A vocabulary with ChatML's signs, <think>, and words, typed as told."""
+    tokens = ["<|im_start|>", "<|im_end|>", "<think>", "<b>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "<b", "ab"]
+
+    def change(writer):
+        if template:
+            writer.add_chat_template(template)
+
+    return write_tokenizer_gguf(path, "gpt2", tokens, kinds + [1] * 258, change, None, ["< b", "<b >", "a b"])
+
+
+@pytest.mark.parametrize("kinds", [[3, 1, 1, 1], [1, 3, 1, 1], [1, 1, 1, 1]])
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_signs_typed_as_plain_text_are_one_token_and_said(tmp_path, kinds, template):
+    with pytest.warns(ModelWarning, match="typed as plain text, .*<|im_"):
+        tokenizer = text.load_tokenizer(special_as_text(tmp_path / "m.gguf", kinds, template))
+    assert text.encode_raw(tokenizer, "<|im_start|>a<|im_end|>").token_ids[::2] == [0, 1]
+    assert text.decode(tokenizer, [0, 1]) == ""
+    assert len(text.encode_raw(tokenizer, "<b>").token_ids) == 3  # no sign of a chat, and left alone
+
+
+def test_a_sign_that_only_the_template_knows_is_one_token_and_stays_visible(tmp_path):
+    path = special_as_text(tmp_path / "m.gguf", [3, 3, 1, 1], CHATML + "<think>\n")
+    with pytest.warns(ModelWarning, match="<think>"):
+        tokenizer = text.load_tokenizer(path)
+    assert text.encode_raw(tokenizer, "<think>").token_ids == [2] and text.decode(tokenizer, [2]) == "<think>"
+
+
+def test_token_types_must_be_as_many_as_tokens(tmp_path):
+    with pytest.raises(CheckpointError, match="token_type has 260 entries for 262 tokens"):
+        text.load_tokenizer(special_as_text(tmp_path / "m.gguf", [3, 3]))
+
+
+def test_stops_that_are_special_tokens_become_tokens():
+    tokenizer = small_tokenizer()
+    start, end = (tokenizer.convert_tokens_to_ids(sign) for sign in ("<|im_start|>", "<|im_end|>"))
+    assert text.split_stops(tokenizer, ["a", "<|im_end|>", "\n", "<|im_start|>\n", "<|im_end|>"]) == (
+        ("a", "\n"), (end, start),
+    )  # fmt: skip
+    for stop, words in (("", "must not be empty"), ("so<|im_end|>", "mixes the special token <|im_end|> with text")):
+        with pytest.raises(FastKVConfigError, match=re.escape(words)):
+            text.split_stops(tokenizer, ["a", stop])
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"pre": "mystery"}, "tokenizer.ggml.pre 'mystery'"),
@@ -249,6 +341,50 @@ def test_sentencepiece(tmp_path):
         assert tokenizer.decode(ids, skip_special_tokens=True) == sample
         stream = text.TextStream(tokenizer)
         assert "".join(stream.push(i) for i in ids) + stream.flush() == sample
+
+
+def test_a_stream_goes_on_after_bytes_that_are_no_text(tmp_path):
+    """A newline, half an emoji, a letter: a decoder that takes the newline for settled raises here."""
+    ids = [3 + 0x0A, 3 + 0xF0, 260, 3 + 0xF0, 3 + 0x9F, 3 + 0x98, 3 + 0x80, 261]
+    tokenizer = text.load_tokenizer(sentencepiece(tmp_path / "m.gguf"))
+    stream = text.TextStream(tokenizer)
+    pieces = [stream.push(i) for i in ids] + [stream.flush()]
+    assert "".join(pieces) == text.decode(tokenizer, ids) == tokenizer.decode(ids) == "\ufffd\ufffda😀b"
+
+
+@pytest.fixture(scope="module")
+def spm(tmp_path_factory):
+    return text.load_tokenizer(sentencepiece(tmp_path_factory.mktemp("spm") / "m.gguf"))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.one_of(st.integers(0, 268), st.sampled_from([3 + 0x0A, 3 + 0xC3, 3 + 0xA9, 259, 2])), max_size=14))
+def test_a_stream_of_any_tokens_is_their_text(spm, ids):
+    """Byte tokens, special tokens, spaces and words in any order; whatever a piece shows is never taken back."""
+    for skip in (True, False):
+        stream = text.TextStream(spm, skip_special_tokens=skip)
+        whole = "".join(stream.push(i) for i in ids) + stream.flush()
+        assert whole == spm.decode(ids, skip_special_tokens=skip)
+
+
+def test_what_goes_on_has_no_space_that_nobody_wrote(tmp_path):
+    tokenizer = text.load_tokenizer(sentencepiece(tmp_path / "m.gguf"))
+    for before, after in (("abc", "\nab"), ("abc", "\n\nab c"), ("a", "b"), ("abc ", "bc"), ("\n", " a")):
+        one = text.encode_raw(tokenizer, before).token_ids + text.continue_with(tokenizer, after)
+        assert tokenizer.decode(one, skip_special_tokens=True) == before + after
+    whole = text.encode_raw(tokenizer, "abc\na").token_ids
+    assert text.encode_raw(tokenizer, "abc").token_ids + text.continue_with(tokenizer, "\na") == whole
+    assert text.continue_with(tokenizer, "") == []
+
+
+def test_split_special_tokens_writes_no_spaces(tmp_path):
+    tokenizer = text.load_tokenizer(sentencepiece(tmp_path / "m.gguf"))
+    tokenizer.chat_template = "{{ bos_token }}a\n{{ messages[0].content }}\nb"
+    for prompt in ("bc", " bc"):
+        whole, split = (text.encode_chat(tokenizer, prompt, split_special_tokens=split) for split in (False, True))
+        assert split == whole
+    split = text.encode_chat(tokenizer, "bc</s>", split_special_tokens=True)
+    assert 2 not in split.token_ids and tokenizer.decode(split.token_ids[split.first : split.end]) == "bc</s>"
 
 
 def test_sentencepiece_without_prefix_space(tmp_path):

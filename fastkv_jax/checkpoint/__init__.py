@@ -3,8 +3,10 @@
 Only local files are opened; nothing a model folder contains is executed.
 """
 
+import dataclasses
 import os
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,15 @@ from etils import epath
 from jax.sharding import Mesh
 
 from fastkv_jax import sharding
-from fastkv_jax.checkpoint import gguf, hugging_face, known_models, orbax
+from fastkv_jax.checkpoint import gguf, gguf_file, hugging_face, known_models, orbax
+from fastkv_jax.checkpoint.end_tokens import Claim, Vocabulary, end_tokens, vocabulary_of_folder
 from fastkv_jax.config import LlamaConfig
-from fastkv_jax.errors import CheckpointError, FastKVConfigError
+from fastkv_jax.errors import CheckpointError, FastKVConfigError, ModelWarning
 from fastkv_jax.model import Llama
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model")
+_LLAMA_3_THETA, _LLAMA_3_CONTEXT = 500_000.0, 8192  # of Llama 3, before positions were scaled
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -32,14 +36,28 @@ class Resolved:
     kind: str
     path: epath.Path
     name: str
+    tokenizer: "Resolved | None" = None  # brought along from elsewhere; None: the model's own
 
 
-def resolve(source: str | os.PathLike[str], *, progress: bool = False) -> Resolved:
+def resolve(
+    source: str | os.PathLike[str], *, tokenizer: str | os.PathLike[str] | None = None, progress: bool = False
+) -> Resolved:
     """Find a model: a folder (Hugging Face or ours), a .gguf file, a known name, or a Hub id, in this order.
 
-    Known names and Hub ids are downloaded if they are not in the cache; `progress` shows that on stderr.
-    Raises `CheckpointError` for anything else.
+    `tokenizer` is another such source, whose tokenizer is used instead of the model's own; of a folder, a tokenizer's
+    files are enough. Known names and Hub ids are downloaded if they are not in the cache; `progress` shows that on
+    stderr. Raises `CheckpointError` for anything else.
     """
+    found = _resolve(source, progress)
+    if tokenizer is None:
+        return found
+    folder = epath.Path(tokenizer)
+    if "://" not in os.fspath(tokenizer) and (folder / "tokenizer.json").is_file():
+        return dataclasses.replace(found, tokenizer=Resolved("hugging_face", folder, folder.name))
+    return dataclasses.replace(found, tokenizer=_resolve(tokenizer, progress))
+
+
+def _resolve(source: str | os.PathLike[str], progress: bool) -> Resolved:
     text = os.fspath(source)
     if not text or "\0" in text:
         raise CheckpointError(f"model {text!r} is not a path or name; {_allowed()}")
@@ -64,11 +82,49 @@ def inspect(source: str | os.PathLike[str] | Resolved) -> LlamaConfig:
     found = source if isinstance(source, Resolved) else resolve(source)
     match found.kind:
         case "gguf":
-            return gguf.inspect(Path(found.path))
+            config = gguf.inspect(Path(found.path))
         case "orbax":
-            return orbax.inspect(found.path)
+            config = orbax.inspect(found.path)
         case _:
-            return hugging_face.inspect(Path(found.path))
+            config = hugging_face.inspect(Path(found.path))
+    _doubt_positions(config, found)
+    ends = end_tokens(_declared_ends(found), _vocabulary(found), config.vocab_size, os.fspath(found.path))
+    return dataclasses.replace(config, stop_tokens=ends)
+
+
+def declared_end_tokens(source: str | os.PathLike[str] | Resolved) -> tuple[int, ...]:
+    """The tokens that end an answer by the first of the model's own files that names any, as other programs have it."""
+    found = source if isinstance(source, Resolved) else resolve(source)
+    return next((ids for _, ids in _declared_ends(found) if ids), ())
+
+
+def _declared_ends(found: Resolved) -> list[Claim]:
+    match found.kind:
+        case "gguf":
+            return gguf.declared_ends(Path(found.path))
+        case "orbax":
+            return orbax.declared_ends(found.path)
+        case _:
+            return hugging_face.declared_ends(Path(found.path))
+
+
+def _vocabulary(found: Resolved) -> Vocabulary:
+    found = found.tokenizer or found
+    return gguf.vocabulary(Path(found.path)) if found.kind == "gguf" else vocabulary_of_folder(found.path)
+
+
+def _doubt_positions(config: LlamaConfig, found: Resolved) -> None:
+    """Say so if this looks like a Llama 3.1 or later without its scaled positions, as early converters wrote them."""
+    longest, rope = config.max_position_embeddings, config.rope
+    if rope.theta == _LLAMA_3_THETA and rope.scaling is None and longest > _LLAMA_3_CONTEXT:
+        field = "rope_freqs.weight" if found.kind == "gguf" else "rope_scaling"
+        warnings.warn(
+            f"{found.path}: a context of {longest:,} at rope theta {rope.theta:,.0f}, but no {field}: positions are"
+            f" not scaled. If this is Llama 3.1 or later, prompts are read wrongly, those beyond {_LLAMA_3_CONTEXT:,}"
+            " tokens most; convert it again",
+            ModelWarning,
+            stacklevel=3,
+        )
 
 
 def load_model(
@@ -86,15 +142,17 @@ def load_model(
     """
     dtype = parse_dtype(dtype)
     found = source if isinstance(source, Resolved) else resolve(source, progress=progress)
+    config = inspect(found)
     mesh = None if mesh is None else sharding.automatic(mesh)
-    options = {"check_weights": check_weights, "progress": progress}
     match found.kind:
         case "gguf":
-            return gguf.load(Path(found.path), dtype, mesh, **options)
-        case "orbax":
-            return orbax.load(found.path, dtype, mesh, **options)
+            return gguf.load(Path(found.path), config, dtype, mesh, check_weights=check_weights, progress=progress)
+        case "orbax":  # Orbax has no progress to show
+            return orbax.load(found.path, config, dtype, mesh, check_weights=check_weights)
         case _:
-            return hugging_face.load(Path(found.path), dtype, mesh, **options)
+            return hugging_face.load(
+                Path(found.path), config, dtype, mesh, check_weights=check_weights, progress=progress
+            )
 
 
 def parse_dtype(dtype: Any) -> np.dtype:
@@ -141,7 +199,8 @@ def _resolve_file(path: epath.Path) -> Resolved:
     with path.open("rb") as stream:
         magic = stream.read(4)
     if path.suffix == ".gguf" or magic == b"GGUF":
-        return Resolved("gguf", path, path.stem)
+        part = gguf_file.PART.fullmatch(path.name)
+        return Resolved("gguf", path, part["name"] if part else path.stem)
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{path} is one weights file; pass the folder that holds it and its config.json")
     raise CheckpointError(f"{path} is not a model file (it starts with {magic!r}); {_allowed()}")

@@ -8,7 +8,9 @@ from jax.sharding import Mesh
 
 from fastkv_jax.checkpoint.assemble import aligned_empty, assemble, cast, check_finite
 from fastkv_jax.checkpoint.check import check_tensors
+from fastkv_jax.checkpoint.end_tokens import TURN_ENDS, Claim, Vocabulary
 from fastkv_jax.checkpoint.gguf_file import GGUFFile, open_gguf
+from fastkv_jax.checkpoint.special_tokens import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, looks_special
 from fastkv_jax.config import LlamaConfig, RopeConfig
 from fastkv_jax.errors import CheckpointError
 from fastkv_jax.model import Llama
@@ -49,12 +51,37 @@ def inspect(path: Path) -> LlamaConfig:
     return _check(open_gguf(path))
 
 
+def declared_ends(path: Path) -> list[Claim]:
+    """The end tokens that its keys name; older files have no key for the end of a turn, which its text gives away."""
+    file = open_gguf(path)
+    keys = _token_ids(file, _STOP_KEYS)
+    special = vocabulary(path).special
+    by_text = tuple(special[text] for text in TURN_ENDS if text in special)
+    return [("the file's keys", keys), ("the texts of its tokens", () if set(by_text) <= set(keys) else by_text)]
+
+
+def vocabulary(path: Path) -> Vocabulary:
+    """Its special tokens, whatever type the file gives them, and its chat template."""
+    metadata = open_gguf(path).metadata
+    tokens, template = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.chat_template")
+    if not isinstance(tokens, list):
+        return Vocabulary()
+    kinds = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    roles = {f"{name}_token": metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    names = {role: tokens[i] for role, i in roles.items() if isinstance(i, int) and 0 <= i < len(tokens)}
+    special = {
+        text: i
+        for i, (text, kind) in enumerate(zip(tokens, kinds, strict=False))
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED) or looks_special(text) or text in names.values()
+    }
+    return Vocabulary(special, names, template if isinstance(template, str) else None)
+
+
 def load(
-    path: Path, dtype: Any, mesh: Mesh | None = None, *, check_weights: bool = False, progress: bool = False
+    path: Path, config: LlamaConfig, dtype: Any, mesh: Mesh | None, *, check_weights: bool, progress: bool
 ) -> Llama:
     """The model, dequantised to `dtype`. Only float32 holds the dequantised values exactly."""
     file = open_gguf(path)
-    config = _check(file)
     # llama.cpp's converter interleaves the two halves of each rotary pair for this architecture only.
     interleaved = {"wq": config.num_heads, "bq": config.num_heads, "wk": config.num_kv_heads, "bk": config.num_kv_heads}
     if file.metadata["general.architecture"] != "llama":

@@ -1,5 +1,6 @@
 """The tokenizer inside a GGUF file, rebuilt with the `tokenizers` library."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from fastkv_jax.checkpoint.gguf_file import open_gguf
-from fastkv_jax.errors import CheckpointError
+from fastkv_jax.checkpoint.special_tokens import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from fastkv_jax.errors import CheckpointError, ModelWarning
 
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _SPACE = "▁"  # how sentencepiece writes a space
 # Each pre-tokenizer of llama.cpp (its src/llama-vocab.cpp) is a list of patterns, applied one after the other.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -29,39 +30,76 @@ _PATTERNS: dict[str, tuple[str, ...]] = {
     "qwen2": (_WORDS + r"\p{N}" + _REST,),
     "tekken": (_TEKKEN,),
 }
+# Other names that llama.cpp gives the same patterns.
+_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
+_SAME_PATTERNS = {
+    **dict.fromkeys((*_LLAMA_3, "smaug-bpe", "dbrx", "glm4", "chatglm-bpe"), "llama-bpe"),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "kormo", "stablelm2", "hunyuan", "megrez", "solar-open"), "qwen2"),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), "smollm"),
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "gigachat", "roberta-bpe", "exaone4",
+                     "granite-docling", "a.x-4.0", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de"), "gpt-2"),
+    **{name: name for name in ("default", "tekken")},
+}  # fmt: skip
+_NORMALISED = ("qwen2", "deepseek-r1-qwen")  # to NFC
 # Here a word that is a token is not built from merges; llama.cpp also gives these a BOS unless told otherwise.
-_WHOLE_WORDS_FIRST = ("llama-bpe", "tekken")
+_WHOLE_WORDS_FIRST = (*_LLAMA_3, "tekken")
+# Vocabularies that a few tokens at their places give away, for files that do not name their pre-tokenizer.
+_KNOWN_BY = (
+    ("llama-bpe", {128_000: "<|begin_of_text|>"}),
+    ("llama-bpe", {128_000: "<｜begin▁of▁sentence｜>"}),
+    ("qwen2", {151_643: "<|endoftext|>"}),
+    ("qwen2", {151_643: "<｜end▁of▁sentence｜>"}),
+    ("smollm", {0: "<|endoftext|>", 3: "<repo_name>", 11: "<jupyter_start>"}),
+    ("tekken", {3: "[INST]", 4: "[/INST]", 5: "[AVAILABLE_TOOLS]"}),
+    ("gpt-2", {50_256: "<|endoftext|>"}),
+)
 
 
 def read_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, str]]:
     """The tokenizer, and its named special tokens and chat template as transformers calls them (`eos_token`, ...)."""
     meta = open_gguf(path).metadata
     tokens = _strings(meta, "tokens", path)
+    pre = None
     kind = meta.get("tokenizer.ggml.model")
     if kind == "gpt2":
-        tokenizer = _byte_level(meta, tokens, path)
+        pre = meta.get("tokenizer.ggml.pre") or _missing_pre(tokens, path)
+        tokenizer = _byte_level(meta, pre, tokens, path)
     elif kind == "llama":
         tokenizer = _sentencepiece(meta, tokens, path)
     else:
         raise CheckpointError(f"{path}: unsupported tokenizer.ggml.model {kind!r}; supported: 'gpt2', 'llama'")
-    _add_special(tokenizer, meta, tokens)
+    _add_special(tokenizer, meta, tokens, path)
     names = _named(meta, tokens, path)
-    starts = kind == "llama" or meta.get("tokenizer.ggml.pre") in _WHOLE_WORDS_FIRST
+    starts = kind == "llama" or pre in _WHOLE_WORDS_FIRST
     _frame(tokenizer, meta, names, starts)
     if isinstance(template := meta.get("tokenizer.chat_template"), str):
         names["chat_template"] = template
     return tokenizer, names
 
 
-def _byte_level(meta: Mapping[str, Any], tokens: list[str], path: Path) -> Tokenizer:
-    pre = meta.get("tokenizer.ggml.pre", "gpt-2")
-    if pre not in _PATTERNS:
-        raise CheckpointError(f"{path}: unsupported tokenizer.ggml.pre {pre!r}; supported: {', '.join(_PATTERNS)}")
+def _missing_pre(tokens: list[str], path: Path) -> str:
+    """The pre-tokenizer of a file that names none: known from its vocabulary, or llama.cpp's default. Says which."""
+    known = (pre for pre, signs in _KNOWN_BY if all(tokens[i : i + 1] == [text] for i, text in signs.items()))
+    found = next(known, None)
+    if found is None:
+        told = "'default' is used, as in llama.cpp; numbers and words may be split wrongly"
+    else:
+        told = f"its vocabulary is that of {found!r}, which is used"
+    warnings.warn(f"{path}: tokenizer.ggml.pre is missing: {told}", ModelWarning, stacklevel=4)
+    return found or "default"
+
+
+def _byte_level(meta: Mapping[str, Any], pre: Any, tokens: list[str], path: Path) -> Tokenizer:
+    if pre not in _SAME_PATTERNS:
+        raise CheckpointError(
+            f"{path}: unsupported tokenizer.ggml.pre {pre!r}; supported: {', '.join(sorted(_SAME_PATTERNS))}."
+            " Bring another tokenizer with --tokenizer (tokenizer=)"
+        )
     merges = [tuple(merge.split(" ", 1)) for merge in _strings(meta, "merges", path)]
     tokenizer = Tokenizer(_bpe(tokens, merges, path, ignore_merges=pre in _WHOLE_WORDS_FIRST))
-    if pre == "qwen2":
+    if pre in _NORMALISED:
         tokenizer.normalizer = normalizers.NFC()
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _PATTERNS[pre]]
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _PATTERNS[_SAME_PATTERNS[pre]]]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
@@ -108,12 +146,14 @@ def _bpe(tokens: list[str], merges: list[Any], path: Path, **options: Any) -> BP
         raise CheckpointError(f"{path}: the tokenizer's merges do not fit its tokens: {error}") from error
 
 
-def _add_special(tokenizer: Tokenizer, meta: Mapping[str, Any], tokens: list[str]) -> None:
-    kinds = meta.get("tokenizer.ggml.token_type", [])
-    for token, kind in zip(tokens, kinds, strict=False):
-        if kind in (_UNKNOWN, _CONTROL):
+def _add_special(tokenizer: Tokenizer, meta: Mapping[str, Any], tokens: list[str], path: Path) -> None:
+    kinds = meta.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    if len(kinds) != len(tokens):
+        raise CheckpointError(f"{path}: tokenizer.ggml.token_type has {len(kinds)} entries for {len(tokens)} tokens")
+    for token, kind in zip(tokens, kinds, strict=True):
+        if kind in (UNKNOWN, CONTROL):
             tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
-        elif kind == _USER_DEFINED:
+        elif kind == USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=False)])
 
 

@@ -1,7 +1,8 @@
 """A model folder as Hugging Face writes it: config.json and safetensors, checked as a whole before a weight is read."""
 
+import dataclasses
+import warnings
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from jax.sharding import Mesh
 
 from fastkv_jax.checkpoint.assemble import assemble, check_finite, listed
 from fastkv_jax.checkpoint.check import check_tensors
+from fastkv_jax.checkpoint.end_tokens import Claim
 from fastkv_jax.checkpoint.safetensors_files import Tensor, find_tensors, open_tensors, parse_json
-from fastkv_jax.config import LlamaConfig, from_hugging_face
-from fastkv_jax.errors import CheckpointError
+from fastkv_jax.config import LlamaConfig, from_hugging_face, token_ids
+from fastkv_jax.errors import CheckpointError, ModelWarning
 from fastkv_jax.model import Llama
 
 # The attributes of model.py and the names on the Hub; linear weights are [out, in] in both.
@@ -36,14 +38,9 @@ NAMES = {
     "w_up": "model.layers.{}.mlp.up_proj.weight",
     "w_down": "model.layers.{}.mlp.down_proj.weight",
 }
+_ROWS = 4096  # of a table compared at once
 DTYPES = ("F32", "F16", "BF16")
 _QUANTISED = (".qweight", ".qzeros", ".scales", ".g_idx", ".weight_scale", ".weight_scale_inv")
-
-
-@dataclass(frozen=True)
-class _Checkpoint:
-    config: LlamaConfig
-    tensors: dict[str, Tensor]
 
 
 def tensor_name(name: str, layer: int | None) -> str:
@@ -53,28 +50,6 @@ def tensor_name(name: str, layer: int | None) -> str:
 
 def inspect(folder: Path) -> LlamaConfig:
     """Read the config and check every tensor's name, dtype and shape. Reads no weights."""
-    return _check(folder).config
-
-
-def load(
-    folder: Path, dtype: Any, mesh: Mesh | None = None, *, check_weights: bool = False, progress: bool = False
-) -> Llama:
-    """The model in `dtype`. Raises `CheckpointError` before any weight is read if the folder is not consistent."""
-    checkpoint = _check(folder)
-    with ExitStack() as stack:
-        read = open_tensors(checkpoint.tensors.values(), stack)
-
-        def read_parameter(name: str, layer: int | None) -> np.ndarray:
-            key = tensor_name(name, layer)
-            return read(checkpoint.tensors[key], key)
-
-        model = assemble(checkpoint.config, read_parameter, dtype, mesh, progress, tensor_name)
-    if check_weights:
-        check_finite(model, str(folder), tensor_name)
-    return model
-
-
-def _check(folder: Path) -> _Checkpoint:
     config = from_hugging_face(
         _read_json(folder / "config.json"),
         _read_json(folder / "generation_config.json", missing_ok=True),
@@ -82,12 +57,60 @@ def _check(folder: Path) -> _Checkpoint:
     )
     tensors = find_tensors(folder)
     ignored = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings:
-        ignored.add(NAMES["lm_head"])
+    if config.tie_word_embeddings and NAMES["lm_head"] in tensors:
+        config, dropped = _believe_the_head(folder, config, tensors)
+        ignored |= dropped
     _check_dtypes({name: tensor for name, tensor in tensors.items() if name not in ignored}, folder)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     check_tensors(config, shapes, tensor_name, ignored, str(folder))
-    return _Checkpoint(config, tensors)
+    return config
+
+
+def declared_ends(folder: Path) -> list[Claim]:
+    """The end tokens that its configuration files name."""
+    files = [(name, _read_json(folder / name, missing_ok=True)) for name in ("generation_config.json", "config.json")]
+    return [(name, token_ids(content, "eos_token_id", str(folder / name))) for name, content in files]
+
+
+def load(
+    folder: Path, config: LlamaConfig, dtype: Any, mesh: Mesh | None, *, check_weights: bool, progress: bool
+) -> Llama:
+    """The model in `dtype`, of a folder that `inspect` has found consistent."""
+    tensors = find_tensors(folder)
+    with ExitStack() as stack:
+        read = open_tensors(tensors.values(), stack)
+
+        def read_parameter(name: str, layer: int | None) -> np.ndarray:
+            key = tensor_name(name, layer)
+            return read(tensors[key], key)
+
+        model = assemble(config, read_parameter, dtype, mesh, progress, tensor_name)
+    if check_weights:
+        check_finite(model, str(folder), tensor_name)
+    return model
+
+
+def _believe_the_head(folder: Path, config: LlamaConfig, tensors: dict[str, Tensor]) -> tuple[LlamaConfig, set[str]]:
+    """A head beside tied embeddings: a copy of them is not needed, another one is what the model was trained with."""
+    table, head = NAMES["embedding"], NAMES["lm_head"]
+    if table not in tensors or _same_values(tensors[table], table, tensors[head], head):
+        return config, {head}
+    warnings.warn(
+        f"{folder}: config.json says tie_word_embeddings, but {head} differs from {table}; the file's {head} is used",
+        ModelWarning,
+        stacklevel=3,
+    )
+    return dataclasses.replace(config, tie_word_embeddings=False), set()
+
+
+def _same_values(first: Tensor, first_name: str, second: Tensor, second_name: str) -> bool:
+    if first.shape != second.shape or {first.dtype, second.dtype} - set(DTYPES):
+        return False
+    with ExitStack() as stack:
+        read = open_tensors((first, second), stack)
+        one, other = read(first, first_name), read(second, second_name)
+        rows = [slice(at, at + _ROWS) for at in range(0, len(one), _ROWS)]
+        return all(np.array_equal(one[some].astype(np.float32), other[some].astype(np.float32)) for some in rows)
 
 
 def _check_dtypes(tensors: dict[str, Tensor], folder: Path) -> None:

@@ -19,8 +19,9 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from fastkv_jax import sharding
 from fastkv_jax.checkpoint.assemble import abstract_model, check_finite, listed
+from fastkv_jax.checkpoint.end_tokens import Claim, read_json
 from fastkv_jax.checkpoint.quiet import quiet
-from fastkv_jax.config import Llama3Scaling, LlamaConfig, RopeConfig
+from fastkv_jax.config import Llama3Scaling, LlamaConfig, RopeConfig, token_ids
 from fastkv_jax.errors import CheckpointError, FastKVConfigError
 from fastkv_jax.files import sync_folder
 from fastkv_jax.model import Llama
@@ -123,12 +124,18 @@ def inspect(folder: epath.Path) -> LlamaConfig:
     return config
 
 
-def load(
-    folder: epath.Path, dtype: Any, mesh: Mesh | None = None, *, check_weights: bool = False, progress: bool = False
-) -> Llama:
-    """The model in `dtype`; each device reads its own part of the weights. Orbax has no progress to show."""
-    del progress
-    config = inspect(folder)
+def declared_ends(folder: epath.Path) -> list[Claim]:
+    """The end tokens named by the source's generation_config.json, which came along, and by the conversion."""
+    generation = read_json(folder / "generation_config.json")
+    config = read_json(folder / "config.json").get("config", {})
+    return [
+        ("generation_config.json", token_ids(generation, "eos_token_id", str(folder / "generation_config.json"))),
+        ("config.json", token_ids(config, "stop_tokens", str(folder / "config.json"))),
+    ]
+
+
+def load(folder: epath.Path, config: LlamaConfig, dtype: Any, mesh: Mesh | None, *, check_weights: bool) -> Llama:
+    """The model in `dtype`; each device reads its own part of the weights."""
     if mesh is not None:
         sharding.check_mesh(mesh, config)
     single = SingleDeviceSharding(jax.devices()[0])

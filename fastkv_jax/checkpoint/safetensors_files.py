@@ -5,6 +5,7 @@ The format: 8 bytes of header length, a JSON header, then the data. Source: the 
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from fastkv_jax.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -40,12 +42,15 @@ class Tensor:
 
 def find_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a model folder by name. Reads headers only. Raises `CheckpointError` naming file and reason."""
-    if (folder / SINGLE).exists():
+    names = sorted(path.name for path in folder.iterdir())
+    if INDEX in names:
+        tensors = _read_shards(folder, folder / INDEX)
+        _check_alone(folder, names, INDEX, {tensor.file.name for tensor in tensors.values()})
+        return tensors
+    if SINGLE in names:
+        _check_alone(folder, names, SINGLE, {SINGLE})
         _check_inside(folder, SINGLE)
         return read_header(folder / SINGLE)
-    if (folder / INDEX).exists():
-        return _read_shards(folder, folder / INDEX)
-    names = sorted(path.name for path in folder.iterdir())
     loose = [name for name in names if name.endswith(".safetensors")]
     if len(loose) == 1:
         _check_inside(folder, loose[0])
@@ -164,6 +169,16 @@ def _diagnosis(start: bytes) -> str:
     if start.startswith(b"GGUF"):
         return " It looks like a GGUF file: name it .gguf and pass its path"
     return ""
+
+
+def _check_alone(folder: Path, names: list[str], chosen: str, used: set[str]) -> None:
+    """Two sets of weights in a folder: nobody can tell which is meant, so neither is read."""
+    others = [name for name in names if (name == SINGLE or _SHARD.fullmatch(name)) and name not in used]
+    if others:
+        raise CheckpointError(
+            f"{folder} holds two sets of weights: {chosen} ({listed(sorted(used))}) and {listed(others)};"
+            " remove the one that is not meant"
+        )
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:

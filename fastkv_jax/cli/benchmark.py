@@ -199,7 +199,7 @@ def _model(options: argparse.Namespace, dtype: str) -> tuple[str, Any, Callable[
             return drawn.integers(0, config.vocab_size, (options.batch, n), dtype=np.int32)
 
         return options.random_weights, _random(config, dtype), random_prompts
-    found = checkpoint.resolve(options.model, progress=not options.quiet)
+    found = checkpoint.resolve(options.model, tokenizer=options.tokenizer, progress=not options.quiet)
     config = checkpoint.inspect(found)
     if longest > config.max_position_embeddings:
         raise FastKVConfigError(f"tokens {longest - options.new_tokens:,} + {options.new_tokens} new > "

@@ -72,7 +72,7 @@ def _run(options: argparse.Namespace) -> int:
         if value < least:
             raise FastKVConfigError(f"{name} must be >= {least}, got {value}")
     say = Reporter(quiet=options.quiet)
-    found = checkpoint.resolve(options.model, progress=not options.quiet)
+    found = checkpoint.resolve(options.model, tokenizer=options.tokenizer, progress=not options.quiet)
     tokenizer = text.load_tokenizer(found)
     shared = ["--model", options.model, "--platform", options.platform, "--dtype", options.dtype]
     shared += [] if options.mem_fraction is None else ["--mem-fraction", str(options.mem_fraction)]

@@ -147,7 +147,7 @@ def _calibrate(options: argparse.Namespace, rows: list[dict[str, Any]], platform
     from fastkv_jax.methods import FastKV
 
     say = Reporter(quiet=options.quiet)
-    found = checkpoint.resolve(options.model, progress=not options.quiet)
+    found = checkpoint.resolve(options.model, tokenizer=options.tokenizer, progress=not options.quiet)
     config = checkpoint.inspect(found)
     for layer in options.layers or ():
         FastKV(tsp_layer=layer).check(config.num_layers)

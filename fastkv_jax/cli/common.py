@@ -12,6 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,12 +61,33 @@ def add_model_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--model", default=DEFAULT_MODEL, help=f"folder, .gguf file, Hub id or known name (default: {DEFAULT_MODEL})"
     )
     group.add_argument(
+        "--tokenizer", metavar="SOURCE", help="bring a tokenizer along: a folder or any source that --model takes "
+        "(default: the model's own)"
+    )  # fmt: skip
+    group.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
         help="auto: float32 on the CPU, else bfloat16",
     )
     return group
+
+
+def add_template_flags(group: argparse._ArgumentGroup) -> None:
+    """What the chat template is told."""
+    group.add_argument(
+        "--chat-template-args", metavar="JSON", help="""arguments of the chat template: '{"enable_thinking": false}'"""
+    )
+    group.add_argument("--date", metavar="YYYY-MM-DD", help="the day, or moment, that it is told (default: now)")
+
+
+def rendering(options: argparse.Namespace, date: str | None = None) -> Any:
+    """A `Rendering` from the flags, at one moment for the whole run; `date` is the one to use if no flag names one."""
+    from fastkv_jax.chat_template import Rendering, parse_arguments, parse_date
+
+    given = options.date or date
+    moment = datetime.now() if given is None else parse_date(given)
+    return Rendering(moment, parse_arguments(options.chat_template_args or "{}"))
 
 
 def dtype_for(options: argparse.Namespace, platform: str) -> str:
@@ -171,7 +193,7 @@ def run(command: Callable[[argparse.Namespace], int], options: argparse.Namespac
     gc.set_threshold(50_000, 50, 50)  # imports and tracing make many objects and no garbage: a tenth of their time
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to fail
-    warnings.showwarning = _ignore if options.quiet else _show_warning
+    options.warnings = tell_warnings(quiet=options.quiet)
     try:
         return command(options)
     except BrokenPipeError:
@@ -223,9 +245,16 @@ def _fail(error: object, code: int, options: argparse.Namespace) -> int:
     return code
 
 
-def _ignore(*_: Any, **__: Any) -> None:
-    pass
+def tell_warnings(*, quiet: bool) -> list[str]:
+    """From now on each warning is one line on stderr, once, unless `quiet`; returns the list that collects them."""
+    told: list[str] = []
 
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        line = " ".join(str(message).split())
+        if line not in told:
+            told.append(line)
+            if not quiet:
+                print(f"warning: {line}", file=sys.stderr, flush=True)
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    warnings.showwarning = show
+    return told

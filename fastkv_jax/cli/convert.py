@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastkv_jax.cli.common import tell_warnings
 from fastkv_jax.errors import CheckpointError, FastKVConfigError
 
 OK, FAILED, USAGE, BAD_MODEL, INTERRUPTED = 0, 1, 2, 3, 130
@@ -21,6 +22,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="convert_checkpoint", description=__doc__)
     parser.add_argument("source", metavar="SOURCE", help="model folder, .gguf file, Hub id or known name")
     parser.add_argument("dest", metavar="DEST", help="folder to write; must be absent or empty")
+    parser.add_argument("--tokenizer", metavar="SOURCE", help="bring a tokenizer along: any such source")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--check-weights", "--check_weights", action="store_true", help="refuse NaN and infinity")
     parser.add_argument("--quiet", action="store_true", help="print errors only")
@@ -31,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the conversion. Returns 0, or 1 if writing failed, 2 for wrong usage, 3 for bad model files."""
     options = parse(argv)
     try:
-        convert(options.source, options.dest, options.dtype, options.check_weights, options.quiet)
+        convert(options)
     except CheckpointError as error:
         return _report(error, BAD_MODEL)
     except FastKVConfigError as error:
@@ -44,23 +46,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return OK
 
 
-def convert(source: str, dest: str, dtype: str, check_weights: bool, quiet: bool) -> None:
-    """Load `source` and save it to `dest`, with its tokenizer if it has one."""
+def convert(options: argparse.Namespace) -> None:
+    """Load the source and save it to the destination, with its tokenizer if it has one, or the one brought along."""
     from fastkv_jax.checkpoint import load_model, orbax, resolve
 
-    orbax.check_target(dest)
-    found = resolve(source, progress=not quiet)
+    tell_warnings(quiet=options.quiet)
+    orbax.check_target(options.dest)
+    found = resolve(options.source, tokenizer=options.tokenizer, progress=not options.quiet)
     extras = _tokenizer_writer(found)
-    model = load_model(found, dtype, check_weights=check_weights, progress=not quiet)
-    orbax.save(model, dest, extras)
-    if not quiet:
-        print(f"wrote {dest} ({dtype})", file=sys.stderr)
+    model = load_model(found, options.dtype, check_weights=options.check_weights, progress=not options.quiet)
+    orbax.save(model, options.dest, extras)
+    if not options.quiet:
+        print(f"wrote {options.dest} ({options.dtype})", file=sys.stderr)
 
 
 def _tokenizer_writer(found: Any) -> Callable[[Any], None]:
     from fastkv_jax import text
     from fastkv_jax.checkpoint import orbax
 
+    found = found.tokenizer or found
     if found.kind != "gguf":
         return orbax.copy_tokenizer_files(found.path)
     tokenizer = text.load_tokenizer(found)

@@ -11,6 +11,7 @@ import numpy as np
 from fastkv_jax import generation, inference, text
 from fastkv_jax.buckets import pad_batch
 from fastkv_jax.cache import KVCache
+from fastkv_jax.chat_template import Rendering
 from fastkv_jax.cli.prompts import Request
 from fastkv_jax.config import LlamaConfig
 from fastkv_jax.errors import InputError
@@ -35,6 +36,7 @@ class PromptOptions:
     truncate: str | None
     split_special_tokens: bool
     window_at_question: bool
+    rendering: Rendering
 
 
 @dataclass
@@ -71,8 +73,9 @@ def encode(tokenizer: Any, request: Request, config: LlamaConfig, options: Promp
     split = options.split_special_tokens
     if options.chat:
         encoded = text.encode_chat(
-            tokenizer, request.prompt, request.system, request.prefill, split_special_tokens=split
-        )
+            tokenizer, request.prompt, request.system, request.prefill, split_special_tokens=split,
+            rendering=options.rendering,
+        )  # fmt: skip
     else:
         encoded = text.encode_raw(tokenizer, request.prompt, split_special_tokens=split)
     length = len(encoded.token_ids)
@@ -104,7 +107,8 @@ class Engine:
     sampler: Sampler
     seed: int
     max_new_tokens: int
-    stops: Sequence[str]
+    stops: Sequence[str] = ()
+    stop_tokens: Sequence[int] = ()  # beside the model's own
     cache: KVCache | None = None  # what stands before every prompt
     kernels: Kernels | None = None
     kv_dtype: str | None = None
@@ -123,9 +127,11 @@ class Engine:
         on_compile: Callable[[str, float], object] = lambda program, seconds: None,
         progress: Callable[[int], object] | None = None,
         on_prefill: Callable[[inference.Prefill, np.ndarray, np.ndarray], object] = lambda *read: None,
+        row: int = 0,
     ) -> Answer:
         """Run a request; `on_text` gets each piece that is certain. Ctrl-C while decoding ends the answer early.
 
+        `row` is its place among the requests: each samples with a key of its own, drawn from the seed.
         `on_prefill` gets the result, tokens and start before decoding takes the cache.
         """
         tokens, start = pad_batch([prompt.token_ids])
@@ -136,12 +142,12 @@ class Engine:
         result = self._prefill(answer, tokens, start, prompt.window_end, on_compile, progress)
         on_prefill(result, tokens, start)
         with _Timer() as timer:
-            generation.compile_decode(self.model, result, sampler=self.sampler, kernels=self.kernels)
+            generation.compile_decode(self.model, result, **self._decode_options())
         answer.compile_s += timer.seconds
         on_compile("decode", timer.seconds)
         began = time.perf_counter()
         try:
-            self._decode(answer, result, on_text)
+            self._decode(answer, result, on_text, row)
         except KeyboardInterrupt:
             answer.finish_reason = "interrupted"
         answer.decode_s = time.perf_counter() - began
@@ -169,7 +175,11 @@ class Engine:
             "prefill_chunk": self.prefill_chunk,
         }
 
-    def _decode(self, answer: Answer, result: inference.Prefill, on_text: Callable[[str], object]) -> None:
+    def _decode_options(self) -> dict[str, Any]:
+        ends = (*self.model.config.stop_tokens, *self.stop_tokens)
+        return {"sampler": self.sampler, "stop_tokens": ends, "kernels": self.kernels}
+
+    def _decode(self, answer: Answer, result: inference.Prefill, on_text: Callable[[str], object], row: int) -> None:
         stream, matcher = text.TextStream(self.tokenizer), text.StopMatcher(self.stops)
         ends = set(self.model.config.stop_tokens)
 
@@ -180,13 +190,14 @@ class Engine:
                 on_text(safe)
             return stopped
 
-        options: dict[str, Any] = {"sampler": self.sampler, "key": jax.random.key(self.seed), "kernels": self.kernels}
+        key = jax.random.fold_in(jax.random.key(self.seed), row)
+        options: dict[str, Any] = self._decode_options() | {"key": key}
         chunks = generation.decode_chunks(self.model, result, max_new_tokens=self.max_new_tokens, **options)
         for chunk, _ in chunks:
             for token in chunk[0].tolist():
                 answer.token_ids.append(token)
-                if token in ends:
-                    answer.finish_reason = "eos"
+                if token in self.stop_tokens or token in ends:
+                    answer.finish_reason = "stop" if token in self.stop_tokens else "eos"
                     break
                 if show(stream.push(token)):
                     answer.finish_reason = "stop"

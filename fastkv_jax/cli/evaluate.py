@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +56,7 @@ def parser() -> common.Parser:
     group.add_argument("--protocol", metavar="NAME", help="longbench: upstream (default) or fastkv")
     group.add_argument("--seed", type=int, default=42, help="of what is made (default: 42)")
     group.add_argument("--query-agnostic", action="store_true", help="compress the context before the question is read")
+    common.add_template_flags(group)
     group = parser.add_argument_group("run")
     group.add_argument("--output", required=True, metavar="FOLDER", help="on a disk or gs://")
     group.add_argument("--overwrite", action="store_true", help="remove what another configuration left there")
@@ -215,7 +217,7 @@ def _evaluate(options: argparse.Namespace, suites, grid, axes: dict[str, int], p
     say = Reporter(quiet=options.quiet)
     dtype = common.dtype_for(options, platform)
     say.header(platform, dtype)
-    found = checkpoint.resolve(options.model, progress=not options.quiet)
+    found = checkpoint.resolve(options.model, tokenizer=options.tokenizer, progress=not options.quiet)
     config = checkpoint.inspect(found)
     limit = options.max_tokens or config.max_position_embeddings
     if not 1 <= limit <= config.max_position_embeddings:
@@ -223,19 +225,24 @@ def _evaluate(options: argparse.Namespace, suites, grid, axes: dict[str, int], p
     runs = _runs(options, grid, found.name, config.num_layers)
     tokenizer = text.load_tokenizer(found)
     text.check_vocabulary(tokenizer, config)
+    rendering = common.rendering(options, _date_there(options, runs))
+    rendering.check(tokenizer)
     count = lambda words: len(text.continue_with(tokenizer, words))  # noqa: E731
-    around = len(text.encode_chat(tokenizer, "?").token_ids) - count("?") if text.has_chat_template(tokenizer) else 0
+    chat = text.has_chat_template(tokenizer)
+    around = len(text.encode_chat(tokenizer, "?", rendering=rendering).token_ids) - count("?") if chat else 0
     built = [catalogue.build(suite, count, around) for suite in suites]
     samples = [sample for suite in built for sample in suite.samples]
     suite_of = {task: suite for suite in built for task in suite.metrics}
     say.line("suite", f"{len(samples)} questions x {len(runs)} methods")
     model = checkpoint.load_model(found, dtype, mesh=meshes.build(axes))
-    protocol = _protocol(suites)
+    protocol, published_ends = _protocol(suites), checkpoint.declared_end_tokens(found)
     process, processes = jax.process_index(), jax.process_count()
 
     def opened(one: Run, shared: bool) -> Any:
         config_of_run = {
-            "model": found.name, "dtype": dtype, "method": type(one.method).__name__,
+            "model": found.name, "tokenizer": found.tokenizer and found.tokenizer.name, "dtype": dtype,
+            "date": rendering.moment.isoformat(), "chat_template_args": rendering.arguments,
+            "method": type(one.method).__name__,
             "settings": presets.settings(one.method), "window_at_question": one.window_at_question,
             "query_aware": not options.query_agnostic, "kv_dtype": options.kv_dtype, "max_tokens": limit,
             "mesh": axes, "suites": [dataclasses.asdict(suite) for suite in suites],
@@ -249,7 +256,7 @@ def _evaluate(options: argparse.Namespace, suites, grid, axes: dict[str, int], p
     def engine(one: Run) -> ModelEngine:
         return ModelEngine(
             model, tokenizer, one.method, limit, one.window_at_question, not options.query_agnostic,
-            protocol=protocol, kv_dtype=options.kv_dtype,
+            protocol=protocol, published_ends=published_ends, kv_dtype=options.kv_dtype, rendering=rendering,
         )  # fmt: skip
 
     with deferred_signals() as stop:
@@ -290,6 +297,17 @@ def _shared(runs: Sequence[Run], num_layers: int, share: bool) -> list[list[Run]
 
 def _folder(options: argparse.Namespace, one: Run) -> str:
     return f"{options.output.rstrip('/')}/{_slug(one.name)}"
+
+
+def _date_there(options: argparse.Namespace, runs: list[Run]) -> str:
+    """The date that templates are told: that of the run that is resumed, or today."""
+    from fastkv_jax.evals import folder, records
+
+    for one in runs:
+        run = records.read_run(folder.writable(_folder(options, one)))
+        if run is not None and isinstance(date := run.get("config", {}).get("date"), str):
+            return date
+    return datetime.now().date().isoformat()
 
 
 def _protocol(suites) -> Any:

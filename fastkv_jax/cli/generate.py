@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +23,7 @@ from typing import Any, TextIO
 
 from fastkv_jax import presets
 from fastkv_jax.cli import common, prompts, settings
-from fastkv_jax.errors import FastKVConfigError, InputError
+from fastkv_jax.errors import FastKVConfigError, InputError, ModelWarning
 from fastkv_jax.files import check_target
 from fastkv_jax.methods import FullKV
 from fastkv_jax.methods.plan import layers_run
@@ -171,7 +172,8 @@ def _generate(options: argparse.Namespace, requests: list[prompts.Request], plat
 
     say = Reporter(quiet=options.quiet)
     dtype = common.dtype_for(options, platform)
-    found = checkpoint.resolve(options.model, progress=not options.quiet)
+    rendering = common.rendering(options)
+    found = checkpoint.resolve(options.model, tokenizer=options.tokenizer, progress=not options.quiet)
     config = checkpoint.inspect(found)
     saved = None if options.load_cache is None else Saved.read(options.load_cache)
     preset, method = settings.method(options, found.name, config.num_layers)
@@ -179,8 +181,16 @@ def _generate(options: argparse.Namespace, requests: list[prompts.Request], plat
         check_in_chunks(method, config.num_layers)
     tokenizer = text.load_tokenizer(found)
     text.check_vocabulary(tokenizer, config)
+    stops, stop_tokens = text.split_stops(tokenizer, options.stop)
+    if not (config.stop_tokens or options.stop):
+        warnings.warn(
+            f"{found.path} names no end token, so that answers run to their limit; give --stop",
+            ModelWarning,
+            stacklevel=1,
+        )
     chat = _use_chat(options, text.has_chat_template(tokenizer), requests)
-    jobs = list(_encode_all(options, requests, tokenizer, config, preset, chat, saved))
+    rendering.check(tokenizer)
+    jobs = list(_encode_all(options, requests, tokenizer, config, preset, rendering if chat else None, saved))
     say.header(platform, dtype)  # nothing is said before all checks are passed: an error is one line
     if saved is None:
         say.line("preset", preset.describe(options.method, method))
@@ -204,8 +214,9 @@ def _generate(options: argparse.Namespace, requests: list[prompts.Request], plat
     sampler = Greedy() if greedy else Sample(options.temperature, options.top_p, options.top_k, options.min_p)
     cache = None if saved is None else saved.load(model, tokenizer)
     engine = Engine(
-        model, tokenizer, method, sampler, options.seed, options.max_new_tokens, options.stop, cache,
-        options.kernels, KV_DTYPES.get(options.kv_dtype), options.prefill_chunk,
+        model, tokenizer, method, sampler, options.seed, options.max_new_tokens, stops=stops, stop_tokens=stop_tokens,
+        cache=cache, kernels=options.kernels, kv_dtype=KV_DTYPES.get(options.kv_dtype),
+        prefill_chunk=options.prefill_chunk,
     )  # fmt: skip
     effective = {
         "preset": preset.name,
@@ -226,11 +237,16 @@ def _use_chat(options: argparse.Namespace, has_template: bool, requests: list[pr
     chat = has_template and not options.raw
     if not chat and any(request.system or request.prefill for request in requests):
         raise InputError("system and prefill need a chat template, and this tokenizer has none")
+    if not chat and (options.chat_template_args or options.date):
+        raise InputError("--chat-template-args and --date go to a chat template, and none is used here")
     return chat
 
 
-def _encode_all(options, requests, tokenizer, config, preset, chat, saved) -> Iterator[tuple[prompts.Request, Any]]:
+def _encode_all(
+    options, requests, tokenizer, config, preset, rendering, saved
+) -> Iterator[tuple[prompts.Request, Any]]:
     """Every request with its tokens; in a batch, one that does not fit is answered by its error."""
+    from fastkv_jax.chat_template import Rendering
     from fastkv_jax.cli.engine import PromptOptions, encode
 
     limit, name = config.max_position_embeddings, "max_position_embeddings"
@@ -241,13 +257,14 @@ def _encode_all(options, requests, tokenizer, config, preset, chat, saved) -> It
             )
         limit, name = options.max_seq_len, "--max-seq-len"
     how = PromptOptions(
-        chat,
+        rendering is not None,
         options.max_new_tokens,
         limit,
         name,
         options.truncate,
         options.split_special_tokens,
         preset.window_end == "question",
+        rendering or Rendering(),
     )
     for request in requests:
         try:
@@ -285,7 +302,7 @@ def _one(options, engine, job, say, effective: dict[str, Any]) -> int:
     with _terminable(), say.progress(layers_run(engine.method, engine.model.config.num_layers), job) as progress:
         answer = engine.answer(job, show, say.compiled, progress, picture)
     if options.json:
-        out.write(json.dumps(report.as_json(answer, effective), ensure_ascii=False, allow_nan=False))
+        out.write(json.dumps(report.as_json(answer, effective, options.warnings), ensure_ascii=False, allow_nan=False))
     out.finish()
     say.stats(answer, engine.method, options.method)
     return common.INTERRUPTED if answer.finish_reason == "interrupted" else common.OK
@@ -294,9 +311,9 @@ def _one(options, engine, job, say, effective: dict[str, Any]) -> int:
 def _read_and_save(options, engine, job, say, picture) -> tuple[Any, Any]:
     """Read the prompt's words and keep them in a file; what is left to do: answer the template's tail after them."""
     from fastkv_jax.cli.engine import Encoded
-    from fastkv_jax.cli.saved import save, words_and_tail
+    from fastkv_jax.cli.saved import parts, save
 
-    words, tail = words_and_tail(job)
+    words, rest, tail = parts(engine.tokenizer, job)
     with say.timed("reading", f"{len(words):,} tok") as note:
         result, tokens, start = engine.read(words)
         picture(result, tokens, start)
@@ -304,18 +321,18 @@ def _read_and_save(options, engine, job, say, picture) -> tuple[Any, Any]:
         note(f"{options.save_cache}: {Path(options.save_cache).stat().st_size / 1e6:.1f} MB")
     if not tail and options.max_new_tokens:
         raise InputError("--save-cache answers only through a chat template; give -n 0, and ask with --load-cache")
-    return replace(engine, cache=result.cache, method=FullKV()), Encoded(tail, 0, 0)
+    return replace(engine, cache=result.cache, method=FullKV()), Encoded([*rest, *tail], 0, 0)
 
 
 def _many(options, engine, jobs, say) -> int:
     """Answers as JSON lines, in the order of the requests; a failed one does not stop the rest."""
     failed = 0
     with _terminable(), _destination(options) as out, say.rows(len(jobs)) as advance:
-        for request, job in jobs:
+        for place, (request, job) in enumerate(jobs):
             if isinstance(job, InputError):
                 row: dict[str, Any] = {"id": request.id, "error": str(job)}
             else:
-                row = {"id": request.id, **_answer_or_error(engine, job)}
+                row = {"id": request.id, **_answer_or_error(engine, job, place)}
             failed += "error" in row
             interrupted = row.get("finish_reason") == "interrupted"
             out.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
@@ -328,9 +345,9 @@ def _many(options, engine, jobs, say) -> int:
     return common.FAILED if failed else common.OK
 
 
-def _answer_or_error(engine, job) -> dict[str, Any]:
+def _answer_or_error(engine, job, place: int) -> dict[str, Any]:
     try:
-        answer = engine.answer(job)
+        answer = engine.answer(job, row=place)
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Sequence
 
+from fastkv_jax.cli.common import tell_warnings
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Hand the arguments to the harness."""
@@ -15,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastkv_jax.errors import BackendError, CheckpointError, FastKVConfigError, InputError
     from fastkv_jax.evals import lm_eval_model  # noqa: F401 - registers it
 
+    tell_warnings(quiet=False)
     sys.argv = ["lm_eval", *words]
     try:
         cli_evaluate()

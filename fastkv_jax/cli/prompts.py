@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastkv_jax.cli.common import add_template_flags
 from fastkv_jax.errors import InputError
 from fastkv_jax.json_lines import values
 
@@ -48,6 +49,7 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--split-special-tokens", action="store_true", help="treat texts such as <|im_end|> in the prompt as plain text"
     )
+    add_template_flags(group)
 
 
 def read_requests(options: argparse.Namespace) -> list[Request]:

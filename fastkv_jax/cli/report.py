@@ -156,8 +156,8 @@ def describe_budgets(kept: Sequence[Kept], n: int, method: Method, name: str) ->
     return "   ".join(runs if len(runs) <= MOST_RUNS else [*runs[: MOST_RUNS - 1], "…", runs[-1]])
 
 
-def as_json(answer: Answer, effective: dict[str, Any]) -> dict[str, Any]:
-    """Everything about one answer."""
+def as_json(answer: Answer, effective: dict[str, Any], warnings: Sequence[str]) -> dict[str, Any]:
+    """Everything about one answer, and what was doubtful on the way to it."""
     return {
         "text": answer.text,
         "token_ids": answer.token_ids,
@@ -168,6 +168,7 @@ def as_json(answer: Answer, effective: dict[str, Any]) -> dict[str, Any]:
         "timings": answer.timings(),
         "kv": [dict(zip(("first_layer", "last_layer", "tokens", "kept"), run, strict=True)) for run in answer.kept],
         "settings": effective,
+        "warnings": list(warnings),
         "versions": {"fastkv_jax": fastkv_jax.__version__, "jax": jax.__version__},
         "peak_memory_bytes": peak_memory(),
     }

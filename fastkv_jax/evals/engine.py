@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import numpy as np
 from fastkv_jax import generation, inference, text
 from fastkv_jax.buckets import bucket_for, pad_batch
 from fastkv_jax.cache import KVCache
+from fastkv_jax.chat_template import Rendering
 from fastkv_jax.costs import prefill_flops
 from fastkv_jax.errors import InputError
 from fastkv_jax.evals import prompts
@@ -26,6 +28,7 @@ from fastkv_jax.inputs import static_tail
 from fastkv_jax.methods import ASL, FullKV, Method
 from fastkv_jax.model import Llama
 from fastkv_jax.ops import Kernels
+from fastkv_jax.sampling import Greedy, Sampler
 from fastkv_jax.scoring import next_token_scores
 from fastkv_jax.sharding import DATA
 
@@ -34,7 +37,9 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 @dataclass(frozen=True)
 class ModelEngine:
-    """Answers with greedy decoding. Fields of an answer, beside prediction and finish ("stop" or "length"):
+    """Answers prompts, greedily unless a sampler is given.
+
+    Fields of an answer, beside prediction and finish ("stop" or "length"):
 
     ttft_s          seconds to the first token: prefill of the batch this row was in, and a token; compilation apart
     token_s         seconds per later token of that batch
@@ -51,14 +56,18 @@ class ModelEngine:
     window_at_question: bool = True  # the observation window ends with the question, not with the template
     query_aware: bool = True  # False: the context is compressed before the question is read
     protocol: Protocol | None = None  # how prompts are cut and answers end; None: ours
+    published_ends: tuple[int, ...] = ()  # of the protocol that stops where generation_config.json says
     kernels: Kernels | None = None
     kv_dtype: str | None = None
+    rendering: Rendering = Rendering()
+    sampler: Sampler = Greedy()
+    seed: int = 0
     seen: set[tuple[int, ...]] = field(default_factory=set, init=False, compare=False, repr=False)
 
     def encode(self, sample: Sample) -> Encoded:
         """The sample's prompt; what is too long with its answer is cut, which the record shows."""
         answer = sample.max_new_tokens or len(self._rest(sample))
-        return prompts.encode(self.tokenizer, sample, self.max_tokens - answer, self.protocol)
+        return prompts.encode(self.tokenizer, sample, self.max_tokens - answer, self.protocol, self.rendering)
 
     def _rest(self, sample: Sample) -> list[int]:
         return text.continue_with(self.tokenizer, sample.answers[0])
@@ -137,20 +146,24 @@ class ModelEngine:
         self, result, batch: Sequence[Encoded], new: int, prefill_s: float | None
     ) -> tuple[np.ndarray, dict[str, float]]:
         """Token ids [B, made], and seconds to the first token, if the prefill's are known, and of each later one."""
-        stops = [text.StopMatcher(prompt.sample.stop) for prompt in batch]
+        stops = [self._stops(prompt.sample) for prompt in batch]
+        matchers = [text.StopMatcher(strings) for strings, _ in stops]
         streams = [text.TextStream(self.tokenizer) for _ in batch]
         ended = np.zeros(len(batch), bool)
         result = self._with_a_first_token(result, batch)
-        options: dict[str, Any] = {"kernels": self.kernels, "stop_tokens": self._ends()}
+        options: dict[str, Any] = {"kernels": self.kernels, "stop_tokens": self._ends(), "sampler": self.sampler}
         generation.compile_decode(self.model, result, **options)
         made, began, first_at = [], time.perf_counter(), 0.0
-        for chunk, done in generation.decode_chunks(self.model, result, max_new_tokens=new, **options):
+        for chunk, done in generation.decode_chunks(
+            self.model, result, max_new_tokens=new, key=self._key(batch), **options
+        ):
             if not made:
                 first_at = time.perf_counter()
             made.append(chunk)
             total = sum(part.shape[1] for part in made)
             for b, prompt in enumerate(batch):
-                found = [stops[b].push(streams[b].push(token))[1] for token in chunk[b].tolist()]
+                said = chunk[b].tolist()
+                found = [matchers[b].push(streams[b].push(token))[1] or token in stops[b][1] for token in said]
                 ended[b] |= any(found) or total >= prompt.sample.max_new_tokens
             if (ended | done).all():
                 break
@@ -159,11 +172,21 @@ class ModelEngine:
         times = {"token_s": (time.perf_counter() - first_at) / later if later else 0.0}
         return ids, times if prefill_s is None else {"ttft_s": prefill_s + first_at - began, **times}
 
+    def _key(self, batch: Sequence[Encoded]) -> Any:
+        """The batch's own, the same whenever it is asked again."""
+        first = batch[0].sample
+        return jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(f"{first.task} {first.id}".encode()))
+
+    def _stops(self, sample: Sample) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        return text.split_stops(self.tokenizer, sample.stop)
+
     def _ends(self) -> tuple[int, ...]:
         """The tokens that end an answer."""
-        if self.protocol is not None and self.protocol.end_tokens == "tokenizer":
+        if self.protocol is None:
+            return self.model.config.stop_tokens
+        if self.protocol.end_tokens == "tokenizer":
             return (int(self.tokenizer.eos_token_id),)
-        return self.model.config.stop_tokens
+        return self.published_ends or self.model.config.stop_tokens
 
     def _with_a_first_token(self, result: inference.Prefill, batch: Sequence[Encoded]) -> inference.Prefill:
         """Logits under which answers do not end before they begin, where the protocol has it so."""
@@ -179,10 +202,11 @@ class ModelEngine:
     def _words(self, sample: Sample, ids: np.ndarray) -> dict[str, Any]:
         """The answer's text, up to its end token, its length or its stop."""
         mine = ids[: sample.max_new_tokens].tolist()
-        ends = [i for i, token in enumerate(mine) if token in self._ends()]
+        strings, tokens = self._stops(sample)
+        ends = [i for i, token in enumerate(mine) if token in (*self._ends(), *tokens)]
         mine = mine[: ends[0]] if ends else mine
-        said = self.tokenizer.decode(mine, skip_special_tokens=True)
-        cuts = [said.find(stop) for stop in sample.stop if stop in said]
+        said = text.decode(self.tokenizer, mine)
+        cuts = [said.find(stop) for stop in strings if stop in said]
         finish = "stop" if ends or cuts else "length"
         return {"prediction": said[: min(cuts)] if cuts else said, "finish": finish, "new_tokens": len(mine)}
 

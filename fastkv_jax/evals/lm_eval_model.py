@@ -4,7 +4,10 @@ Importing this module registers it. What likelihood means under compression: the
 and the continuation is scored from the compressed cache.
 """
 
+import dataclasses
+import os
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from itertools import groupby
 from typing import Any
 
@@ -16,10 +19,14 @@ from tqdm import tqdm
 
 from fastkv_jax import checkpoint, inference, presets, text
 from fastkv_jax.buckets import bucket_for, pad_batch
+from fastkv_jax.chat_template import Rendering, parse_arguments, parse_date, render
 from fastkv_jax.checkpoint import Resolved
 from fastkv_jax.errors import FastKVConfigError
+from fastkv_jax.evals import gen_kwargs
 from fastkv_jax.evals.engine import ModelEngine
+from fastkv_jax.evals.gen_kwargs import Decoding
 from fastkv_jax.evals.sample import Encoded, Sample
+from fastkv_jax.sampling import Sampler
 from fastkv_jax.scoring import next_token_scores
 
 NO_ROLLING = (
@@ -28,11 +35,18 @@ NO_ROLLING = (
 )
 
 
+def _rendering(thinks: bool | None, given: str | dict[str, Any] | None, date: str | None) -> Rendering:
+    arguments = dict(given) if isinstance(given, dict) else parse_arguments(given or "{}")
+    arguments |= {} if thinks is None else {"enable_thinking": thinks}
+    return Rendering(datetime.now() if date is None else parse_date(str(date)), arguments)
+
+
 @register_model("fastkv_jax")
 class FastKVModel(LM):
     """`--model_args model=...,method=fastkv,preset=...,dtype=auto,max_length=8192,tsp_rate=0.2,...`
 
-    Any setting of the method can be given. Prompts that are too long are cut in the middle. Greedy decoding only.
+    Any setting of the method can be given. Prompts that are too long are cut in the middle. `enable_thinking` and
+    `chat_template_args` (a JSON object) go to the chat template, `date` is the day that it is told.
     """
 
     def __init__(
@@ -47,11 +61,15 @@ class FastKVModel(LM):
         max_batch_size: int | None = None,
         device: str | None = None,  # the harness passes cuda:0 to whoever runs; JAX has chosen
         kv_dtype: str | None = None,
+        tokenizer: str | None = None,
+        enable_thinking: bool | None = None,
+        chat_template_args: str | dict[str, Any] | None = None,
+        date: str | None = None,
         **settings: Any,
     ):
         super().__init__()
         del device, max_batch_size
-        found = checkpoint.resolve(model)
+        found = checkpoint.resolve(model, tokenizer=tokenizer)
         config = checkpoint.inspect(found)
         chosen = presets.load(preset) if preset else presets.for_model(found.name)
         built = presets.build(method, chosen, settings, config.num_layers)
@@ -66,9 +84,14 @@ class FastKVModel(LM):
         self._new_tokens = int(max_gen_toks)
         self._at_question = chosen.window_end == "question"
         self._template_end = ""
+        text.check_vocabulary(self._tokenizer, config)
+        rendering = _rendering(enable_thinking, chat_template_args, date)
+        rendering.check(self._tokenizer)
         self._engine = ModelEngine(
-            checkpoint.load_model(found, dtype), self._tokenizer, built, limit, self._at_question, kv_dtype=kv_dtype
-        )
+            checkpoint.load_model(found, dtype), self._tokenizer, built, limit, self._at_question, kv_dtype=kv_dtype,
+            rendering=rendering,
+        )  # fmt: skip
+        self._engines: dict[tuple[Sampler, int], ModelEngine] = {}
 
     @property
     def tokenizer_name(self) -> str:
@@ -81,8 +104,8 @@ class FastKVModel(LM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The rendered chat. What the template writes behind the last message is remembered: there the window ends."""
-        rendered = self._tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+        rendered = render(
+            self._tokenizer, chat_history, self._engine.rendering, add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )  # fmt: skip
         last = chat_history[-1]["content"].strip()
@@ -92,32 +115,42 @@ class FastKVModel(LM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers in the requests' order; the longest are asked first, so that memory runs out at once or never."""
-        prompts = [self._prompt(i, *request.args) for i, request in enumerate(requests)]
+        asked = [gen_kwargs.read(request.args[1], self._new_tokens) for request in requests]
+        prompts = [
+            self._prompt(i, request.args[0], one) for i, (request, one) in enumerate(zip(requests, asked, strict=True))
+        ]
         said: dict[int, str] = {}
         with tqdm(total=len(prompts), disable=disable_tqdm, desc="fastkv_jax") as bar:
-            for batch in self._batches(prompts):
-                for prompt, answer in zip(batch, self._engine.answer(batch), strict=True):
+            for batch in self._batches(prompts, asked):
+                engine = self._engine_for(asked[int(batch[0].sample.id)])
+                for prompt, answer in zip(batch, engine.answer(batch), strict=True):
                     i = int(prompt.sample.id)
                     said[i] = answer["prediction"]
                     self.cache_hook.add_partial("generate_until", requests[i].args, said[i])
                 bar.update(len(batch))
         return [said[i] for i in range(len(prompts))]
 
-    def _batches(self, prompts: list[Encoded]) -> Iterator[list[Encoded]]:
-        def shape(prompt: Encoded) -> tuple[int, int]:
-            return -bucket_for(len(prompt.tokens)), prompt.sample.max_new_tokens
+    def _batches(self, prompts: list[Encoded], asked: list[Decoding]) -> Iterator[list[Encoded]]:
+        """Rows of a batch are as long and decoded in the same way."""
+
+        def shape(prompt: Encoded) -> tuple[int, int, str]:
+            how = asked[int(prompt.sample.id)]
+            return -bucket_for(len(prompt.tokens)), how.new_tokens, f"{how.sampler} {how.seed}"
 
         for _, same in groupby(sorted(prompts, key=shape), key=shape):
             mine = list(same)
             yield from (mine[at : at + self._rows] for at in range(0, len(mine), self._rows))
 
-    def _prompt(self, i: int, context: str, options: dict[str, Any]) -> Encoded:
-        if options.get("do_sample") and options.get("temperature", 1.0) > 0:
-            raise FastKVConfigError("fastkv_jax decodes greedily; give --gen_kwargs do_sample=False")
-        until = options.get("until") or []
-        stops = (until,) if isinstance(until, str) else tuple(until)
-        new = int(options.get("max_gen_toks", options.get("max_new_tokens", self._new_tokens)))
-        encoded = self._engine.encode(Sample("lm_eval", str(i), context, "", (), new, chat=False, stop=stops))
+    def _engine_for(self, how: Decoding) -> ModelEngine:
+        key = how.sampler, how.seed
+        if key not in self._engines:
+            self._engines[key] = dataclasses.replace(self._engine, sampler=how.sampler, seed=how.seed)
+        return self._engines[key]
+
+    def _prompt(self, i: int, context: str, how: Decoding) -> Encoded:
+        text.split_stops(self._tokenizer, how.stops)  # or it is refused, before anything runs
+        sample = Sample("lm_eval", str(i), context, "", (), how.new_tokens, chat=False, stop=how.stops)
+        encoded = self._engine.encode(sample)
         return encoded._replace(window_end=min(self._tail(context), len(encoded.tokens) - 1))
 
     def _tail(self, context: str) -> int:
@@ -140,14 +173,20 @@ class FastKVModel(LM):
         return [found[i] for i in range(len(pairs))]
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of both; a space between them belongs to the continuation, as tokenizers have it."""
-        stripped = context.rstrip()
+        """Tokens of both; a space between them belongs to the continuation, as tokenizers have it.
+
+        So does a token in which both meet: the context is what the tokens of the whole have in common with its own.
+        """
         whole = text.encode_raw(self._tokenizer, context + continuation).token_ids
-        before = text.encode_raw(self._tokenizer, stripped).token_ids
+        before = text.encode_raw(self._tokenizer, context.rstrip()).token_ids
+        if not continuation:
+            before, whole = whole, whole
+        met = len(os.path.commonprefix([before, whole]))
+        before, after = whole[:met], whole[met:]
         if not before:
             start = self._tokenizer.bos_token_id
-            before, whole = [self._tokenizer.eos_token_id if start is None else start], [0, *whole]
-        after = whole[len(before) :]
+            start = self._tokenizer.eos_token_id if start is None else start
+            before = [next(iter(self._engine.model.config.stop_tokens), 0) if start is None else start]
         room = self._engine.max_tokens - len(after)
         if room < 1:
             raise FastKVConfigError(f"a continuation of {len(after):,} tokens leaves no room for its context")
@@ -161,7 +200,12 @@ class FastKVModel(LM):
         )
 
     def _likelihood(self, read: inference.Prefill, continuation: list[int]) -> tuple[float, bool]:
-        """The first token is judged by the prompt's own logits, the others by what follows the cache."""
+        """The first token is judged by the prompt's own logits, the others by what follows the cache.
+
+        That nothing follows is certain.
+        """
+        if not continuation:
+            return 0.0, True
         logits = np.asarray(read.logits[0], np.float64)
         first = logits[continuation[0]] - logits.max() - np.log(np.exp(logits - logits.max()).sum())
         greedy = int(logits.argmax()) == continuation[0]

@@ -1,14 +1,18 @@
 """Round trips through GGUF files written with the `gguf` package, damaged files, and the real one."""
 
 import struct
+import subprocess
+import sys
+import warnings
 
 import gguf
 import numpy as np
 import pytest
 
-from fastkv_jax.checkpoint import inspect, load_model
+from fastkv_jax.checkpoint import declared_end_tokens, inspect, load_model, resolve
 from fastkv_jax.checkpoint.gguf_file import open_gguf
-from fastkv_jax.errors import CheckpointError
+from fastkv_jax.config import RopeConfig
+from fastkv_jax.errors import CheckpointError, ModelWarning
 
 F32, F16, Q8_0 = (gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "Q8_0"))
 
@@ -71,6 +75,109 @@ def test_unsupported(tmp_path, tiny, change, words):
     with pytest.raises(CheckpointError, match=words) as error:
         inspect(path)
     assert str(path) in str(error.value)
+
+
+TOKENS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", *(chr(97 + i) for i in range(26))]
+
+
+def with_tokens(writer, kinds=None, template=None):
+    writer.add_token_list([*TOKENS, *(f"t{i}" for i in range(96 - len(TOKENS)))])
+    if kinds is not None:
+        writer.add_token_types(kinds)
+    if template is not None:
+        writer.add_chat_template(template)
+
+
+def test_a_turn_ends_with_what_its_text_says_where_no_key_does(tmp_path, tiny):
+    """Files from before there was a key for the end of a turn."""
+    path = tiny.write_gguf(tmp_path / "m.gguf", tiny.model(), change=with_tokens)
+    with pytest.warns(ModelWarning, match=r"file's keys </s> \(2\); the texts of its tokens <\|eot_id\|> \(5\) and"):
+        assert inspect(path).stop_tokens == (2, 5, 4)
+    assert declared_end_tokens(path) == (2,)
+
+
+def test_a_turn_ends_with_what_the_template_says(tmp_path, tiny):
+    template = "{% for m in messages %}{{ m.content }}<unk>{% endfor %}"
+    kinds = [2, 3, 3, 1, 1, 1] + [1] * 90
+    path = tiny.write_gguf(tmp_path / "m.gguf", tiny.model(), change=lambda w: with_tokens(w, kinds, template))
+    with pytest.warns(ModelWarning, match="its chat template <unk>"):
+        assert inspect(path).stop_tokens[-1] == 0
+
+
+@pytest.mark.parametrize(("context", "theta", "said"), [(131072, 5e5, True), (32768, 5e5, True), (8192, 5e5, False),
+                                                        (131072, 1e6, False)])  # fmt: skip
+def test_positions_of_llama_3_1_without_their_scale_are_doubted(tmp_path, tiny, context, theta, said):
+    model = tiny.model(max_position_embeddings=context, rope=RopeConfig(theta, None))
+    path, folder = tiny.write_gguf(tmp_path / "m.gguf", model), tiny.write_hugging_face(tmp_path / "m", model)
+    for source, field in ((path, "rope_freqs.weight"), (folder, "rope_scaling")):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            inspect(source)
+        assert [f"no {field}: positions are not scaled" in str(one.message) for one in caught] == [True] * said
+
+
+def split(path, model, parts):
+    """A model in parts, as llama.cpp's gguf-split writes it: the first has the metadata and the first tensors."""
+    whole = gguf.GGUFReader(path)
+    total, paths = len(whole.tensors), []
+    for number in range(parts):
+        paths.append(path.with_name(f"big-{number + 1:05}-of-{parts:05}.gguf"))
+        writer = gguf.GGUFWriter(paths[-1], "llama")
+        if number == 0:
+            for field in whole.fields.values():
+                if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+                    writer.add_key_value(field.name, field.contents(), field.types[0], *field.types[1:2])
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", parts)
+        writer.add_int32("split.tensors.count", total)
+        for tensor in whole.tensors[number::parts]:
+            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return paths
+
+
+def test_parts_beside_each_other_are_one_model(tmp_path, tiny):
+    model = tiny.model()
+    paths = split(tiny.write_gguf(tmp_path / "m.gguf", model, kind=Q8_0), model, 3)
+    whole = load_model(tmp_path / "m.gguf", "float32")
+    for path in paths:
+        assert resolve(path).name == "big"
+        tiny.assert_same(load_model(path, "float32"), whole)
+
+
+def test_parts_that_do_not_belong_together(tmp_path, tiny):
+    model = tiny.model()
+    paths = split(tiny.write_gguf(tmp_path / "m.gguf", model), model, 3)
+    second = paths[1].read_bytes()
+    paths[1].unlink()
+    with pytest.raises(CheckpointError, match="one of 3 parts, of which big-00002-of-00003.gguf is not beside it"):
+        inspect(paths[0])
+    paths[1].write_bytes(paths[2].read_bytes())
+    with pytest.raises(CheckpointError, match="one of 3 parts, number 3, but its name says 2 of 3"):
+        inspect(paths[0])
+    paths[1].write_bytes(second[: len(second) // 2])
+    with pytest.raises(CheckpointError, match="big-00002-of-00003.gguf is truncated"):
+        inspect(paths[0])
+
+
+def test_everything_else_works_without_the_gguf_package(tmp_path, tiny):
+    folder, path = tiny.write_hugging_face(tmp_path / "m", tiny.model()), tmp_path / "m.gguf"
+    tiny.write_gguf(path, tiny.model())
+    code = f"""
+import sys
+sys.modules["gguf"] = None
+import fastkv_jax as fk
+fk.load_model({str(folder)!r})
+try:
+    fk.load_model({str(path)!r})
+except fk.CheckpointError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "pip install gguf" in done.stdout, done.stderr
 
 
 def test_unsupported_architecture(tmp_path, tiny):

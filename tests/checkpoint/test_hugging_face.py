@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from fastkv_jax.checkpoint import inspect, load_model
 from fastkv_jax.checkpoint.hugging_face import NAMES
-from fastkv_jax.errors import CheckpointError, FastKVConfigError
+from fastkv_jax.errors import CheckpointError, FastKVConfigError, ModelWarning
 
 
 def edit(folder, **changes):
@@ -74,10 +74,37 @@ def test_stored_as_bfloat16(tmp_path, tiny):
 def test_ignored_tensors(tmp_path, tiny):
     model = tiny.model(tie_word_embeddings=True)
     extra = {
-        "lm_head.weight": np.zeros((96, 64), np.float32),
+        "lm_head.weight": np.asarray(model.embedding[...]),
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(16, np.float32),
     }
     tiny.assert_same(load_model(tiny.write_hugging_face(tmp_path, model, **extra), "float32"), model)
+
+
+def test_a_head_that_is_not_the_embeddings_is_used_though_the_config_ties_them(tmp_path, tiny):
+    model = tiny.model()
+    folder = tiny.write_hugging_face(tmp_path, model)
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.warns(ModelWarning, match="lm_head.weight differs from model.embed_tokens.weight; the file's"):
+        tiny.assert_same(load_model(folder, "float32"), model)
+
+
+@pytest.mark.parametrize("old", ["model.safetensors", "model-00001-of-00003.safetensors"])
+def test_two_sets_of_weights_are_refused(tmp_path, tiny, old):
+    """Old weights beside newer shards: nobody can tell which are meant."""
+    before = tiny.write_hugging_face(tmp_path / "before", tiny.model())
+    folder = tiny.write_hugging_face(tmp_path / "now", tiny.model(), shards=2)
+    tiny.assert_same(load_model(folder, "float32"), tiny.model())
+    (before / "model.safetensors").rename(folder / old)
+    with pytest.raises(CheckpointError, match=f"model-00001-of-00002.safetensors.* and {old}"):
+        inspect(folder)
+
+
+def test_a_shard_beside_the_only_file_is_refused(tmp_path, tiny):
+    folder = tiny.write_hugging_face(tmp_path, tiny.model())
+    (folder / "model-00002-of-00002.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="model.safetensors.* and model-00002-of-00002.safetensors"):
+        inspect(folder)
 
 
 def test_missing_tensors_are_cut_at_ten(tmp_path, tiny):
@@ -144,8 +171,8 @@ def test_bad_config(tmp_path, tiny, content):
 
 def test_stop_tokens_of_generation_config(tmp_path, tiny):
     folder = tiny.write_hugging_face(tmp_path, tiny.model())
-    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6], "pad_token_id": 7}')
-    assert (inspect(folder).stop_tokens, inspect(folder).pad_token) == ((5, 6), 7)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 2], "pad_token_id": 7}')
+    assert (inspect(folder).stop_tokens, inspect(folder).pad_token) == ((5, 2), 7)
 
 
 def test_float16_overflow(tmp_path, tiny):

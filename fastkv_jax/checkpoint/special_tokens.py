@@ -1,0 +1,42 @@
+"""Tokens that a file types as plain text though nothing could ever spell them: `<|im_start|>` is one token, or none."""
+
+import re
+import warnings
+from collections.abc import Iterable
+
+from tokenizers import AddedToken, Tokenizer
+
+from fastkv_jax.checkpoint.assemble import listed
+from fastkv_jax.errors import ModelWarning
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # as GGUF numbers the types of tokens
+_LOOKS_SPECIAL = re.compile(r"<\|[^\s<>]+\|>|<｜[^\s<>]+｜>|<(start|end)_of_\w+>|_?<EOT>|\[/?(INST|EOT)\]")
+_SIGNS = re.compile(r"<[^\s<>'\"{}]+>|\[/?[A-Z_]+\]")  # of a template's text
+
+
+def looks_special(text: str) -> bool:
+    """Whether nobody would write a token like this as text."""
+    return text[:1] in "<[_" and _LOOKS_SPECIAL.fullmatch(text) is not None
+
+
+def mend_special_tokens(tokenizer: Tokenizer, template: str | None, names: Iterable[str], source: str) -> None:
+    """Add what the vocabulary holds as a whole but the tokenizer takes to pieces, and say so.
+
+    Tokens that look special or have a role (`names`) become special; others that the chat template writes, such as
+    <think>, stay visible. Without this, a chat's signs reach the model as letters.
+    """
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    known = tokenizer.get_vocab(with_added_tokens=True)
+    special = {text for text in known if looks_special(text)} | (set(names) & known.keys())
+    written = {text for text in _SIGNS.findall(template or "") if text in known}
+    suspects = sorted((special | written) - added, key=known.__getitem__)
+    broken = [text for text in suspects if known[text] not in tokenizer.encode(text, add_special_tokens=False).ids]
+    for text in broken:
+        token = AddedToken(text, normalized=False, special=text in special)
+        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+    if broken:
+        warnings.warn(
+            f"{source}: typed as plain text, but no text is ever cut into it, so read as one token: {listed(broken)}",
+            ModelWarning,
+            stacklevel=3,
+        )
