@@ -181,9 +181,11 @@ def platform_of(model: Llama) -> Platform:
 
 def _compile_and_call(program: Any, *args: Any, **static: Any) -> Any:
     """Compile a program for arguments of which only the shapes are known, and pass on the shapes of its results."""
-    shapes = [
-        a if isinstance(a, Llama) else jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), a) for a in args
-    ]
+
+    def shape(x: Any) -> jax.ShapeDtypeStruct:  # as jit takes it: NumPy's int64 is int32 there
+        return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
+
+    shapes = [a if isinstance(a, Llama) else jax.tree.map(shape, a) for a in args]
     program.lower(*shapes, **static).compile()
     return program(*args, **static)
 

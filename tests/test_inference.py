@@ -31,6 +31,7 @@ from examples import (
 )
 from examples import weights_a as oracle_model
 from fastkv_jax.adaptive import Adaptive
+from fastkv_jax.generation import Generated
 from fastkv_jax.inference import Prefill, compile_prefill
 from fastkv_jax.methods.base import Method
 from fastkv_jax.methods.plan import layers_run
@@ -53,7 +54,7 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
     return fk.pad_batch(PROMPTS, BUCKET)
 
 
-def generate(method: Method, **options: Any) -> fk.generation.Generated:
+def generate(method: Method, **options: Any) -> Generated:
     return fk.generate(model_a(), *batch(), method=method, **({"max_new_tokens": NEW, "stop_tokens": ()} | options))
 
 

@@ -8,6 +8,7 @@ from interpreted import jit
 
 import kernels_pallas
 from kernels_pallas.linear import gpu, reference
+from tolerances import of_product
 
 IMPLEMENTATIONS = {
     "reference": jit(reference.linear),
@@ -27,9 +28,19 @@ def test_agrees_at_the_edges_of_tiles(implementation, rows, out, inner, dtype):
     for layer in (0, 2):
         ours = IMPLEMENTATIONS[implementation](x, weight, jnp.int32(layer))
         assert ours.dtype == dtype and ours.shape == (rows, out)
-        theirs = np.asarray(x, np.float64) @ np.asarray(weight[layer], np.float64).T
-        tolerance = 1e-5 if dtype == jnp.float32 else 0.01 * abs(theirs).max()
-        np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, rtol=0, atol=tolerance)
+        exact = np.asarray(x, np.float64), np.asarray(weight[layer], np.float64)
+        theirs = exact[0] @ exact[1].T
+        tolerance = of_product(*exact) if dtype == jnp.float32 else 0.01 * abs(theirs).max()
+        np.testing.assert_array_less(abs(np.asarray(ours, np.float64) - theirs), tolerance)
+
+
+def test_the_tolerance_does_not_forgive_fewer_bits():
+    """A product whose operands have lost the bits that TF32 drops is outside it."""
+    x, weight = (np.random.default_rng(i).normal(size=(16, 130)).astype(np.float32) for i in (0, 1))
+    dropped = (x.view(np.int32) & ~0x1FFF).view(np.float32)  # 13 of 23 bits
+    exact = np.asarray(x, np.float64), np.asarray(weight, np.float64)
+    error = abs(np.asarray(dropped, np.float64) @ exact[1].T - exact[0] @ exact[1].T)
+    assert (error > of_product(*exact)).mean() > 0.8
 
 
 def test_other_layers_do_not_count():
