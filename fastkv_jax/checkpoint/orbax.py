@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from fastkv_jax.checkpoint.assemble import abstract_model, check_finite, listed
 from fastkv_jax.checkpoint.quiet import quiet
 from fastkv_jax.config import Llama3Scaling, LlamaConfig, RopeConfig
 from fastkv_jax.errors import CheckpointError, FastKVConfigError
-from fastkv_jax.files import sync_folder
+from fastkv_jax.files import scratch_in, sync_folder
 from fastkv_jax.model import Llama
 
 FORMAT, VERSION = "fastkv_jax", 1
@@ -56,17 +57,12 @@ def save(model: Llama, folder: str | os.PathLike[str], write_extras: WriteExtras
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     _check_space(model, target.parent)
-    temporary = target.parent / f".{target.name}.incomplete"
-    if temporary.exists():
-        temporary.rmtree()
-    try:
-        _write(model, temporary, write_extras)
-        _sync(temporary)
-        os.replace(temporary, target)
+    with scratch_in(Path(target.parent)) as scratch:
+        complete = epath.Path(scratch / target.name)
+        _write(model, complete, write_extras)
+        _sync(complete)
+        os.replace(complete, target)
         sync_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def check_target(folder: str | os.PathLike[str]) -> epath.Path:

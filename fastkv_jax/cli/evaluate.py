@@ -113,6 +113,8 @@ def _check_output(output: str) -> None:
     if not path.is_dir():
         return
     for inside in path.iterdir():
+        if inside.name.startswith(folder.SCRATCH):
+            continue
         if inside.is_dir():
             folder.check_output(inside)
         elif inside.name not in [*PICTURES, *(name for name, _ in TABLES)]:
@@ -311,6 +313,7 @@ def _report(options: argparse.Namespace, runs: list[Run], built) -> None:
     from etils import epath
 
     from fastkv_jax.evals import frontier, heat_map, tables
+    from fastkv_jax.evals.folder import write_whole
     from fastkv_jax.evals.records import merged
 
     out = epath.Path(options.output)
@@ -327,7 +330,7 @@ def _report(options: argparse.Namespace, runs: list[Run], built) -> None:
             needles[one.name] = cells
     rows = tables.rows_of(done, lambda records: _averages(records, built))
     for name, form in TABLES:
-        (out / name).write_text(getattr(tables, form)(rows))
+        write_whole(out / name, getattr(tables, form)(rows).encode())
     if not str(out).startswith("gs:"):
         if needles:
             heat_map.heat_maps(needles, Path(out) / "needles.png")

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 
 import jax
@@ -65,13 +66,13 @@ def test_occupied_target(tmp_path, tiny):
 
 
 def test_leftovers_are_replaced_and_never_loaded(tmp_path, tiny):
-    leftover = tmp_path / ".m.incomplete"
-    leftover.mkdir()
+    leftover = tmp_path / ".writingabcdefgh" / "m"
+    leftover.mkdir(parents=True)
     (leftover / "rubbish").write_text("from a run that was cut off")
     with pytest.raises(CheckpointError):
         resolve(tmp_path / "m")
     orbax.save(tiny.model(), tmp_path / "m")
-    assert not leftover.exists() and not (tmp_path / "m" / "rubbish").exists()
+    assert os.listdir(tmp_path) == ["m"] and not (tmp_path / "m" / "rubbish").exists()
 
 
 def test_failure_leaves_nothing(tmp_path, tiny):

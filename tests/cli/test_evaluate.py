@@ -4,17 +4,21 @@ import json
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import moments
 import pytest
 from etils import epath
 from etils.epath import backend
 
 from fastkv_jax.cli import evaluate
 from fastkv_jax.evals import locks
+from fastkv_jax.files import scratch_in
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate.py"
 QUICK = ["--platform", "cpu", "--no-compile-cache"]
@@ -146,6 +150,11 @@ def cut(folder: Path, line: int) -> None:
     (folder / "results.jsonl").unlink()
 
 
+def table(folder: Path) -> list[dict]:
+    rows = json.loads((folder / "table.json").read_text())
+    return [{name: value for name, value in row.items() if name not in ("costs", "compiled")} for row in rows]
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".lock")}
 
@@ -160,6 +169,46 @@ def again(tmp_path, done, needles):
     """A copy of what was done, and the command for it."""
     shutil.copytree(done, tmp_path / "out")
     return tmp_path / "out" / "fastkv", [*needles, "--quiet", "--output", str(tmp_path / "out")]
+
+
+def test_killed_at_any_moment_the_same_command_ends_as_if_undisturbed(tmp_path, tiny_model, capsys):
+    grid = """
+        suites: [{suite: needle, lengths: [300], depths: 1}]
+        runs:
+          - {name: full, method: full}
+          - {name: knorm, method: knorm, settings: {min_prompt_to_compress: 0}}
+    """
+    (tmp_path / "grid.yaml").write_text(grid)
+    flags = [*QUICK, "--suite", str(tmp_path / "grid.yaml"), "--model", str(tiny_model), "--quiet"]
+    with moments.copied(tmp_path / "out", tmp_path / "copies"):
+        assert evaluate.main([*flags, "--output", str(tmp_path / "out")]) == 0
+    states = sorted((tmp_path / "copies").iterdir())
+    left = {name for state in states for name in moments.content(state)}
+    for name in ("full/.writing", "knorm/.writing", ".writing"):  # the last: tables and pictures
+        assert any(path.startswith(name) for path in left)
+    assert {".png", ".md", ".csv", ".json"} <= {Path(path).suffix for path in left if path.startswith(".writing")}
+    for state in states[:-20:5] + states[-20::2]:  # tables and pictures come last
+        assert evaluate.main([*flags, "--output", str(state)]) == 0
+        for name in ("full", "knorm"):
+            assert records(state / name) == records(tmp_path / "out" / name)
+        assert set(os.listdir(state)) == set(os.listdir(tmp_path / "out"))
+        assert table(state) == table(tmp_path / "out")
+        assert (state / "needles.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().err == ""
+
+
+def test_killed_while_the_heat_map_is_drawn(again):
+    """And a second process, which shares the folder, leaves a living one's scratch alone."""
+    folder, command = again
+    process = subprocess.Popen([sys.executable, SCRIPT, *command], stdout=subprocess.DEVNULL)
+    while not (drawing := list(folder.parent.glob(".writing*/needles.png"))) and process.poll() is None:
+        time.sleep(0.0005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and drawing[0].exists()
+    with scratch_in(folder.parent) as scratch:
+        assert evaluate.main(command) == 0
+        assert scratch.exists() and not drawing[0].parent.exists()
+    assert evaluate.main(command) == 0 and not list(folder.parent.glob(".writing*"))
 
 
 def test_a_torn_last_line_is_dropped_and_asked_again(again, done, capsys):
