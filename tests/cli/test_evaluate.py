@@ -11,11 +11,11 @@ import sys
 import time
 from pathlib import Path
 
-import moments
 import pytest
 from etils import epath
 from etils.epath import backend
 
+import moments
 from fastkv_jax.cli import evaluate
 from fastkv_jax.evals import locks
 from fastkv_jax.files import scratch_in

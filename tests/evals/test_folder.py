@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import fake_evaluation
-import moments
 import pytest
 from etils.epath import backend
 from fake_evaluation import CONFIG, FakeEngine, evaluate, samples, without_timings
 from fsspec.implementations.memory import MemoryFileSystem
 
+import moments
 from fastkv_jax.errors import FastKVConfigError, InputError
 from fastkv_jax.evals import folder, parts
 from fastkv_jax.evals.folder import check_output, opened
