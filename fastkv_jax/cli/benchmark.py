@@ -124,8 +124,7 @@ def _run(options: argparse.Namespace) -> int:
 
         folder.writable(options.output)
     platform = common.choose_platform(options)
-    if not options.no_compile_cache:
-        common.use_compile_cache()
+    common.use_compile_cache(options)
     _benchmark(options, platform, common.dtype_for(options, platform))
     return common.OK
 

@@ -50,8 +50,7 @@ def _run(options: argparse.Namespace) -> int:
         if value is not None and value < least:
             raise FastKVConfigError(f"{name} must be >= {least}, got {value}")
     platform = common.choose_platform(options)
-    if not options.no_compile_cache:
-        common.use_compile_cache()
+    common.use_compile_cache(options)
     import jax
 
     from fastkv_jax.cli.report import Reporter

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastkv_jax.cli import common
 from fastkv_jax.errors import CheckpointError, FastKVConfigError
 
 OK, FAILED, USAGE, BAD_MODEL, INTERRUPTED = 0, 1, 2, 3, 130
@@ -30,6 +31,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the conversion. Returns 0, or 1 if writing failed, 2 for wrong usage, 3 for bad model files."""
     options = parse(argv)
+    if options.quiet:
+        common.silence_xla()
     try:
         convert(options.source, options.dest, options.dtype, options.check_weights, options.quiet)
     except CheckpointError as error:

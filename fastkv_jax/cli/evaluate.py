@@ -100,8 +100,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.distributed is not None:
         _join(options.distributed)
     platform = common.choose_platform(options)
-    if not options.no_compile_cache:
-        common.use_compile_cache()
+    common.use_compile_cache(options)
     return _evaluate(options, suites, grid, axes, platform)
 
 

@@ -99,8 +99,7 @@ def _run(options: argparse.Namespace) -> int:
     check(options)
     requests = prompts.read_requests(options)
     platform = common.choose_platform(options)
-    if not options.no_compile_cache:
-        common.use_compile_cache()
+    common.use_compile_cache(options)
     return _generate(options, requests, platform)
 
 
