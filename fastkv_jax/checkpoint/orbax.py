@@ -122,12 +122,16 @@ def inspect(folder: epath.Path) -> LlamaConfig:
 def load(
     folder: epath.Path, dtype: Any, mesh: Mesh | None = None, *, check_weights: bool = False, progress: bool = False
 ) -> Llama:
-    """The model in `dtype`; each device reads its own part of the weights. Orbax has no progress to show."""
+    """The model in `dtype`; each device reads its own part of the weights. Orbax has no progress to show.
+
+    Without a mesh the model is on this process's first device. A process waits for others only where the mesh has
+    devices of theirs.
+    """
     del progress
     config = inspect(folder)
     if mesh is not None:
         sharding.check_mesh(mesh, config)
-    single = SingleDeviceSharding(jax.devices()[0])
+    single = SingleDeviceSharding(jax.local_devices()[0])
 
     def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         where = single if mesh is None else sharding.sharding_for(mesh, path)
@@ -135,7 +139,10 @@ def load(
 
     abstract = jax.tree_util.tree_map_with_path(placed, abstract_model(config, dtype, mesh))
     paths = [_key(path) for path, _ in jax.tree_util.tree_flatten_with_path(abstract)[0]]
-    arrays = _restore(folder / "weights", dict(zip(paths, jax.tree.leaves(abstract), strict=True)))
+    wanted = dict(zip(paths, jax.tree.leaves(abstract), strict=True))
+    arrays = _restore(
+        folder / "weights", wanted, alone=mesh is None or set(mesh.devices.flat) <= set(jax.local_devices())
+    )
     model = jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in paths])
     # A cast to float16 happens inside Orbax, so an overflow shows only as infinity.
     if check_weights or np.dtype(dtype) == np.float16:
@@ -154,12 +161,10 @@ def _check_shapes(weights: epath.Path, config: LlamaConfig) -> None:
 
 
 def _stored_shapes(weights: epath.Path) -> dict[str, tuple[int, ...]]:
-    import orbax.checkpoint as ocp
-
     if not (weights / "_METADATA").exists():
         raise CheckpointError(f"{weights} is missing or incomplete; convert the model again")
     try:
-        with quiet(), ocp.StandardCheckpointer() as checkpointer:
+        with quiet(), _reader(alone=True) as checkpointer:
             metadata = checkpointer.metadata(weights).item_metadata
         if metadata is None:
             raise ValueError("damaged metadata")
@@ -186,11 +191,22 @@ def _write(model: Llama, folder: epath.Path, write_extras: WriteExtras | None) -
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _restore(weights: epath.Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def _reader(*, alone: bool) -> Any:
+    """Orbax's reader; `alone`: of several processes this one waits for no other."""
     import orbax.checkpoint as ocp
 
+    if not alone or jax.process_count() == 1:
+        return ocp.StandardCheckpointer()
+    me = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=options)
+
+
+def _restore(weights: epath.Path, abstract: Mapping[str, jax.ShapeDtypeStruct], *, alone: bool) -> dict[str, jax.Array]:
     try:
-        with quiet(), ocp.StandardCheckpointer() as checkpointer:
+        with quiet(), _reader(alone=alone) as checkpointer:
             return checkpointer.restore(weights, dict(abstract))
     except Exception as error:  # a damaged checkpoint raises whatever the damaged layer raises
         raise CheckpointError(f"{weights} cannot be restored: {_first_line(error)}; convert the model again") from error
