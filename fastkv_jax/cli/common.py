@@ -11,7 +11,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from fastkv_jax.errors import Terminated
@@ -120,13 +120,28 @@ def choose_platform(options: argparse.Namespace) -> str:
     if options.verbose:
         jax.config.update("jax_log_compiles", True)
     try:
-        name = jax.devices()[0].platform
+        with _silent() if options.quiet else contextlib.nullcontext():
+            name = jax.devices()[0].platform
     except (RuntimeError, AssertionError) as error:  # what JAX raises depends on the plugin that is missing
         raise BackendError(_no_device(wanted, present, error)) from error
     found = "gpu" if name in NAMES["gpu"] else name
     if wanted not in ("auto", found):
         raise BackendError(f"--platform {wanted}, but JAX found only {found}")
     return found
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing reaches stderr, not from C++ either: libtpu, where it is installed without a TPU, heeds no log level."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _platforms(wanted: str, present: str) -> str:

@@ -1,6 +1,7 @@
 """Convert any model into our own checkpoint, which loads sharded and in its final dtype."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the conversion. Returns 0, or 1 if writing failed, 2 for wrong usage, 3 for bad model files."""
     options = parse(argv)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # there is nothing to compute, and a TPU serves one process only
     if options.quiet:
         common.silence_xla()
     try:

@@ -243,5 +243,11 @@ def test_a_platform_that_is_not_in_the_list_is(wanted, present):
         common._platforms(wanted, present)
 
 
+def test_a_plugin_without_its_device_is_silent_under_quiet(tmp_path):
+    """libtpu is installed for its compiler; here it looks for a TPU."""
+    found = {"TPU_WORKER_HOSTNAMES": "", "TPU_ACCELERATOR_TYPE": ""}
+    assert run("--no-compile-cache", "--quiet", "--platform", "auto", home=tmp_path, **found) == ("cpu 42 0", "")
+
+
 def test_a_command_runs_on_its_part_of_the_list(tmp_path):
     assert run("--no-compile-cache", home=tmp_path, JAX_PLATFORMS="cuda, cpu") == ("cpu 42 0", "")
