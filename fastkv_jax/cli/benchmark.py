@@ -124,8 +124,7 @@ def _run(options: argparse.Namespace) -> int:
 
         folder.writable(options.output)
     platform = common.choose_platform(options)
-    if not options.no_compile_cache:
-        common.use_compile_cache()
+    common.use_compile_cache(options)
     _benchmark(options, platform, common.dtype_for(options, platform))
     return common.OK
 
@@ -173,7 +172,7 @@ def _benchmark(options: argparse.Namespace, platform: str, dtype: str) -> None:
                 for known, run in runs.items():
                     with jax.profiler.TraceAnnotation(f"{known}, {tokens} tokens"):
                         run()
-    device = {"device": jax.devices()[0].device_kind, **rates(*yard)}
+    device = {"device": jax.local_devices()[0].device_kind, **rates(*yard)}
     found = {
         **device, "jax": jax.__version__, "model": name, "dtype": dtype, "batch": options.batch,
         "new_tokens": options.new_tokens, "repeats": options.repeats,

@@ -50,8 +50,7 @@ def _run(options: argparse.Namespace) -> int:
         if value is not None and value < least:
             raise FastKVConfigError(f"{name} must be >= {least}, got {value}")
     platform = common.choose_platform(options)
-    if not options.no_compile_cache:
-        common.use_compile_cache()
+    common.use_compile_cache(options)
     import jax
 
     from fastkv_jax.cli.report import Reporter
@@ -63,7 +62,7 @@ def _run(options: argparse.Namespace) -> int:
     cases = _cases(platform, kernels, tokens, options.slots or [4096, 13_184], options.rows)
     _time(cases, options.repeats, say)
     found = {
-        "device": jax.devices()[0].device_kind,
+        "device": jax.local_devices()[0].device_kind,
         "jax": importlib.metadata.version("jax"),
         "kernels": kernels,
         **rates(cases[0], cases[1]),

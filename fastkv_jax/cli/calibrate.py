@@ -83,8 +83,7 @@ def _run(options: argparse.Namespace) -> int:
     _check(options)
     rows = _rows(options)
     platform = common.choose_platform(options)
-    if not options.no_compile_cache:
-        common.use_compile_cache()
+    common.use_compile_cache(options)
     _calibrate(options, rows, platform, common.dtype_for(options, platform))
     return common.OK
 

@@ -1,4 +1,4 @@
-"""What every command shares: one-line errors, exit codes, the choice of the platform, the compile cache."""
+"""What every command shares: one-line errors, exit codes, the choice of the platform."""
 
 import argparse
 import contextlib
@@ -11,16 +11,15 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any, NoReturn
 
 from fastkv_jax.errors import Terminated
 
 OK, FAILED, USAGE, BAD_MODEL, DEVICE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 130, 143
 DEFAULT_MODEL = "smollm2-135m"
-PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
+NAMES = {"cpu": ("cpu",), "gpu": ("cuda", "gpu", "rocm"), "tpu": ("tpu",)}  # JAX's, the first by default
 
 
 class Parser(argparse.ArgumentParser):
@@ -99,7 +98,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that runs a model."""
     group = add_device_flags(parser)
     group.add_argument(
-        "--no-compile-cache", action="store_true", help="do not keep compiled programs in the user's cache folder"
+        "--no-compile-cache", action="store_true", help="neither read nor keep compiled programs (docs/tpu_vm.md)"
     )
     group.add_argument("-v", "--verbose", action="store_true", help="log every compilation")
 
@@ -109,7 +108,7 @@ def add_device_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     group = parser.add_argument_group("device and reports")
     group.add_argument(
         "--platform",
-        choices=("auto", *PLATFORMS),
+        choices=("auto", *NAMES),
         default="auto",
         help="never a silent fall back to CPU (default: auto)",
     )
@@ -129,28 +128,55 @@ def choose_platform(options: argparse.Namespace) -> str:
     from fastkv_jax.errors import BackendError, FastKVConfigError
 
     wanted, present = options.platform, os.environ.get("JAX_PLATFORMS", "")
+    platforms = _platforms(wanted, present)
     if options.mem_fraction is not None:
         if not 0 < options.mem_fraction <= 1:
             raise FastKVConfigError(f"--mem-fraction must be in (0, 1], got {options.mem_fraction}")
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(options.mem_fraction)
-    if wanted != "auto":
-        if present and present not in (PLATFORMS[wanted], wanted):
-            raise BackendError(f"--platform {wanted} contradicts JAX_PLATFORMS={present} in the environment; drop one")
-        os.environ["JAX_PLATFORMS"] = PLATFORMS[wanted]
+    if platforms:
+        os.environ["JAX_PLATFORMS"] = platforms
     import jax
 
-    if wanted != "auto":
-        jax.config.update("jax_platforms", PLATFORMS[wanted])  # jax may have been imported before us
+    if platforms:
+        jax.config.update("jax_platforms", platforms)  # jax may have been imported before us
     if options.verbose:
         jax.config.update("jax_log_compiles", True)
     try:
-        name = jax.devices()[0].platform
+        with _silent() if options.quiet else contextlib.nullcontext():
+            name = jax.devices()[0].platform
     except (RuntimeError, AssertionError) as error:  # what JAX raises depends on the plugin that is missing
         raise BackendError(_no_device(wanted, present, error)) from error
-    found = "gpu" if name in ("gpu", "cuda", "rocm") else name
+    found = "gpu" if name in NAMES["gpu"] else name
     if wanted not in ("auto", found):
         raise BackendError(f"--platform {wanted}, but JAX found only {found}")
     return found
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing reaches stderr, not from C++ either: libtpu, where it is installed without a TPU, heeds no log level."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _platforms(wanted: str, present: str) -> str:
+    """What JAX_PLATFORMS, a list, is to be for the platform asked for; raises `BackendError` if it is not in it."""
+    from fastkv_jax.errors import BackendError
+
+    given = [name for part in present.split(",") if (name := part.strip())]
+    if wanted == "auto":
+        return ",".join(given)
+    fitting = [name for name in given if name.lower() in NAMES[wanted]]
+    if given and not fitting:
+        raise BackendError(f"--platform {wanted} contradicts JAX_PLATFORMS={present} in the environment; drop one")
+    return "rocm" if fitting[:1] == ["rocm"] else NAMES[wanted][0]
 
 
 def _no_device(wanted: str, present: str, error: Exception) -> str:
@@ -171,19 +197,21 @@ def _gpus() -> int:
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
-def use_compile_cache() -> None:
-    """Keep compiled programs between runs, in a folder only this user can write: JAX trusts what it finds there."""
+def use_compile_cache(options: argparse.Namespace) -> None:
+    """Keep compiled programs between runs, or, with --no-compile-cache, neither read nor write any."""
     import jax
 
-    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    folder = (home if home.is_absolute() else Path.home() / ".cache") / "fastkv_jax" / "compiled"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        folder.chmod(0o700)
-    except OSError:
-        return  # a read-only home costs compile time, nothing else
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # a small model's programs, too
+    from fastkv_jax.cli import compile_cache
+
+    if options.no_compile_cache:
+        jax.config.update("jax_enable_compilation_cache", False)
+    else:
+        compile_cache.use()
+
+
+def silence_xla() -> None:
+    """No lines of XLA's C++ on stderr, unless they end the process; to be called before JAX is imported."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def run(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
@@ -194,6 +222,8 @@ def run(command: Callable[[argparse.Namespace], int], options: argparse.Namespac
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to fail
     options.warnings = tell_warnings(quiet=options.quiet)
+    if options.quiet:
+        silence_xla()
     try:
         return command(options)
     except BrokenPipeError:

@@ -1,12 +1,13 @@
 """Convert any model into our own checkpoint, which loads sharded and in its final dtype."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastkv_jax.cli.common import tell_warnings
+from fastkv_jax.cli import common
 from fastkv_jax.errors import CheckpointError, FastKVConfigError
 
 OK, FAILED, USAGE, BAD_MODEL, INTERRUPTED = 0, 1, 2, 3, 130
@@ -32,6 +33,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the conversion. Returns 0, or 1 if writing failed, 2 for wrong usage, 3 for bad model files."""
     options = parse(argv)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # there is nothing to compute, and a TPU serves one process only
+    if options.quiet:
+        common.silence_xla()
     try:
         convert(options)
     except CheckpointError as error:
@@ -50,7 +54,7 @@ def convert(options: argparse.Namespace) -> None:
     """Load the source and save it to the destination, with its tokenizer if it has one, or the one brought along."""
     from fastkv_jax.checkpoint import load_model, orbax, resolve
 
-    tell_warnings(quiet=options.quiet)
+    common.tell_warnings(quiet=options.quiet)
     orbax.check_target(options.dest)
     found = resolve(options.source, tokenizer=options.tokenizer, progress=not options.quiet)
     extras = _tokenizer_writer(found)

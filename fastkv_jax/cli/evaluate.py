@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from fastkv_jax import presets
-from fastkv_jax.cli import common, meshes, settings
+from fastkv_jax.cli import common, joining, meshes, settings
 from fastkv_jax.errors import FastKVConfigError, InputError
 from fastkv_jax.methods import Method
 
@@ -67,8 +67,7 @@ def parser() -> common.Parser:
     group.add_argument("--max-tokens", type=int, metavar="N", help="longer prompts are cut in the middle (default: the "
                        "model's context)")  # fmt: skip
     group.add_argument("--mesh", metavar="AXES", help=meshes.HELP)
-    group.add_argument("--distributed", nargs="?", const="", metavar="HOST:PORT,N,I", help="share the samples with "
-                       "other processes: address, how many, which one (default: Cloud TPU tells)")  # fmt: skip
+    joining.add_flags(group)
     group.add_argument("--save-prompts", action="store_true", help="write the prompts down too")
     group.add_argument("--kv-dtype", choices=("int8", "float8_e4m3fn"), help="keep the prompt's entries in 8 bits")
     settings.add_method_flags(parser)
@@ -99,12 +98,10 @@ def _run(options: argparse.Namespace) -> int:
             raise FastKVConfigError("--query-agnostic: protocol fastkv compresses with the question")
     settings.check(options)
     _check_output(options.output)
-    if options.distributed is not None:
-        _join(options.distributed)
+    share = joining.share(options)
     platform = common.choose_platform(options)
-    if not options.no_compile_cache:
-        common.use_compile_cache()
-    return _evaluate(options, suites, grid, axes, platform)
+    common.use_compile_cache(options)
+    return _evaluate(options, suites, grid, axes, platform, share)
 
 
 def _check_output(output: str) -> None:
@@ -115,25 +112,12 @@ def _check_output(output: str) -> None:
     if not path.is_dir():
         return
     for inside in path.iterdir():
+        if inside.name.startswith((*folder.SCRATCH, joining.MET)):
+            continue
         if inside.is_dir():
             folder.check_output(inside)
         elif inside.name not in [*PICTURES, *(name for name, _ in TABLES)]:
             raise InputError(f"{output} holds {inside.name}, which no run has left there; give a new folder")
-
-
-def _join(text: str) -> None:
-    """Start `jax.distributed`, before any device is looked at."""
-    import jax
-
-    known: dict[str, Any] = {}
-    if text:
-        address, *numbers = text.split(",")
-        if ":" not in address or len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
-            raise FastKVConfigError(f"--distributed takes HOST:PORT,N,I, got {text!r}")
-        known = {"coordinator_address": address, "num_processes": int(numbers[0]), "process_id": int(numbers[1])}
-        if known["process_id"] >= known["num_processes"]:
-            raise FastKVConfigError(f"--distributed: process {numbers[1]} of {numbers[0]}; they are counted from 0")
-    jax.distributed.initialize(**known)
 
 
 def _grid(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -204,7 +188,9 @@ def _no_lists(entry: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
 
 
-def _evaluate(options: argparse.Namespace, suites, grid, axes: dict[str, int], platform: str) -> int:
+def _evaluate(
+    options: argparse.Namespace, suites, grid, axes: dict[str, int], platform: str, share: joining.Share | None
+) -> int:
     import jax
 
     from fastkv_jax import checkpoint, text
@@ -236,7 +222,7 @@ def _evaluate(options: argparse.Namespace, suites, grid, axes: dict[str, int], p
     say.line("suite", f"{len(samples)} questions x {len(runs)} methods")
     model = checkpoint.load_model(found, dtype, mesh=meshes.build(axes))
     protocol, published_ends = _protocol(suites), checkpoint.declared_end_tokens(found)
-    process, processes = jax.process_index(), jax.process_count()
+    process, processes = (share.process, share.processes) if share else (jax.process_index(), jax.process_count())
 
     def opened(one: Run, shared: bool) -> Any:
         config_of_run = {
@@ -265,6 +251,7 @@ def _evaluate(options: argparse.Namespace, suites, grid, axes: dict[str, int], p
                 say.line("method", f"{one.name} -> {_folder(options, one)}")
             with ExitStack() as stack:
                 outputs = [stack.enter_context(opened(one, len(together) > 1)) for one in together]
+                joining.remember(options, share)
                 engines = tuple(map(engine, together))
                 company = OnePass(engines) if len(engines) > 1 else Alone(*engines)
                 summaries = run_together(
@@ -276,8 +263,7 @@ def _evaluate(options: argparse.Namespace, suites, grid, axes: dict[str, int], p
                 if summary.failed:
                     told = f"{summary.failed} of {summary.samples} samples have an error in their record"
                     say.line("failed", f"{one.name}: {told}")
-    if process == 0:
-        _report(options, runs, built)
+    _report(options, runs, built)
     return common.OK
 
 
@@ -325,27 +311,32 @@ def _slug(name: str) -> str:
 
 
 def _report(options: argparse.Namespace, runs: list[Run], built) -> None:
-    """The table, on stdout and beside the runs; needles and, if all runs were timed alone, the frontier as pictures."""
+    """The table, on stdout and beside the runs; needles and, if all runs were timed alone, the frontier as pictures.
+
+    Of several processes the last one to end does it: it finds all results.
+    """
     from etils import epath
 
     from fastkv_jax.evals import frontier, heat_map, tables
-    from fastkv_jax.evals.records import merged
+    from fastkv_jax.evals.folder import write_whole
+    from fastkv_jax.evals.records import RESULTS, merged
 
     out = epath.Path(options.output)
+    waiting = [one.name for one in runs if not (out / _slug(one.name) / RESULTS).exists()]
+    if waiting:
+        if not options.quiet:
+            print(f"{', '.join(waiting)}: other processes' samples are not all answered yet", file=sys.stderr)
+        return
     done, needles = [], {}
     for one in runs:
-        folder = out / _slug(one.name)
-        if not (folder / "results.jsonl").exists():  # other processes are still at it
-            print(f"{one.name}: not all samples are answered yet", file=sys.stderr)
-            continue
-        records = merged(folder)
+        records = merged(out / _slug(one.name))
         done.append(tables.Run(one.name, records))
         cells = [record for record in records if record["task"] == "needle"]
         if cells:
             needles[one.name] = cells
     rows = tables.rows_of(done, lambda records: _averages(records, built))
     for name, form in TABLES:
-        (out / name).write_text(getattr(tables, form)(rows))
+        write_whole(out / name, getattr(tables, form)(rows).encode())
     if not str(out).startswith("gs:"):
         if needles:
             heat_map.heat_maps(needles, Path(out) / "needles.png")

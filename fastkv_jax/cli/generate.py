@@ -10,10 +10,8 @@ Only the answer goes to stdout; everything else goes to stderr.
 import argparse
 import json
 import math
-import os
 import signal
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +22,7 @@ from typing import Any, TextIO
 from fastkv_jax import presets
 from fastkv_jax.cli import common, prompts, settings
 from fastkv_jax.errors import FastKVConfigError, InputError, ModelWarning
-from fastkv_jax.files import check_target
+from fastkv_jax.files import check_target, replacing
 from fastkv_jax.methods import FullKV
 from fastkv_jax.methods.plan import layers_run
 
@@ -102,8 +100,7 @@ def _run(options: argparse.Namespace) -> int:
     check(options)
     requests = prompts.read_requests(options)
     platform = common.choose_platform(options)
-    if not options.no_compile_cache:
-        common.use_compile_cache()
+    common.use_compile_cache(options)
     return _generate(options, requests, platform)
 
 
@@ -372,14 +369,9 @@ def _destination(options: argparse.Namespace) -> Iterator[TextIO]:
         with target.open("w", encoding="utf-8") as out:
             yield out
         return
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.absolute().parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
+    with replacing(target) as scratch:
+        with scratch.open("w", encoding="utf-8") as out:
             yield out
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 @contextmanager

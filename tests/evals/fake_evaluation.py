@@ -96,6 +96,20 @@ def without_timings(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     return [{name: value for name, value in record.items() if name not in TIMINGS} for record in records]
 
 
+def report(folder: Path) -> None:
+    """A table and a picture of what was answered, as the command writes them at its end."""
+    from fastkv_jax.evals import heat_map, tables
+    from fastkv_jax.evals.folder import write_whole
+    from fastkv_jax.evals.records import merged
+
+    records = merged(folder)
+    table = tables.as_markdown(tables.rows_of([tables.Run("fake", records)], lambda _: {}))
+    write_whole(folder / "table.md", table.encode())
+    heat_map.heat_map(
+        [{"group": f"{1024 + len(r['id'])}/50", "score": r["score"]} for r in records], folder / "needles.png"
+    )
+
+
 def _command(options: argparse.Namespace) -> int:
     from fastkv_jax.evals.signals import deferred_signals
 
@@ -103,6 +117,8 @@ def _command(options: argparse.Namespace) -> int:
         evaluate(
             options.folder, FakeEngine(options.seconds), process=options.process, processes=options.processes, stop=stop
         )
+        if options.processes == 1:
+            report(Path(options.folder))
     return 0
 
 

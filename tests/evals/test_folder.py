@@ -12,6 +12,7 @@ from etils.epath import backend
 from fake_evaluation import CONFIG, FakeEngine, evaluate, samples, without_timings
 from fsspec.implementations.memory import MemoryFileSystem
 
+import moments
 from fastkv_jax.errors import FastKVConfigError, InputError
 from fastkv_jax.evals import folder, parts
 from fastkv_jax.evals.folder import check_output, opened
@@ -83,6 +84,21 @@ def test_another_configuration_is_refused_unless_overwritten(tmp_path, undisturb
     engine = FakeEngine()
     evaluate(tmp_path, engine, overwrite=True)  # of the same configuration nothing is removed
     assert not engine.batches
+
+
+@pytest.mark.parametrize("before", [None, {"method": "snapkv"}])
+def test_killed_at_any_moment_the_same_command_ends_as_if_undisturbed(before, tmp_path, undisturbed):
+    """Also where results of another configuration are being removed."""
+    if before is not None:
+        evaluate(tmp_path / "run", asked=samples(20), config=before)
+    with moments.copied(tmp_path / "run", tmp_path / "copies"):
+        evaluate(tmp_path / "run", overwrite=True)
+    states = sorted((tmp_path / "copies").iterdir())
+    assert len(states) > 10
+    for state in states:
+        evaluate(state, overwrite=True)
+        assert without_timings(merged(state)) == undisturbed
+        assert moments.content(state).keys() <= {*moments.content(tmp_path / "run"), "part-0-2.jsonl"}
 
 
 def test_nothing_is_overwritten_while_another_process_writes(tmp_path):
