@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 
 import fastkv_jax as fk
 from fastkv_jax.cli import evaluate
-from fastkv_jax.evals import longbench, prompts
+from fastkv_jax.evals import gen_kwargs, longbench, prompts
 from fastkv_jax.evals.lm_eval_model import FastKVModel
 from fastkv_jax.evals.protocols import UPSTREAM
 from fastkv_jax.evals.records import merged
@@ -67,8 +67,8 @@ def test_the_harness_ends_with_its_table(tiny_model, tasks, tmp_path):
 
 
 def test_a_setting_that_cannot_be_is_one_line(tiny_model, tasks):
-    done = harness(tiny_model, tasks, "--include_path", str(tasks), "--tasks", "says", "--gen_kwargs", "do_sample=true")
-    assert done.returncode == 2 and "fastkv_jax decodes greedily" in done.stderr.splitlines()[-1]
+    done = harness(tiny_model, tasks, "--include_path", str(tasks), "--tasks", "says", "--gen_kwargs", "num_beams=4")
+    assert done.returncode == 2 and "num_beams=4 is not supported" in done.stderr.splitlines()[-1]
 
 
 # ----------------------------------------------------------------------------------------------------- likelihood
@@ -127,6 +127,31 @@ def test_a_likelihood_under_compression_is_that_after_the_compressed_context(tin
     assert likelihood == pytest.approx(expected, rel=1e-4)
     [(whole, _)] = likelihoods(FastKVModel(str(tiny_model), method="full"), (CONTEXT, " salt"))
     assert abs(likelihood - whole) > 0.01 * abs(whole)
+
+
+def test_continuations_without_tokens_of_their_own_have_finite_likelihoods(smollm2_path):
+    """Where both meet inside a token, that token belongs to the continuation; that nothing follows is certain."""
+    model = FastKVModel(str(smollm2_path), method="full")
+    pairs = [("hello wor", "ld"), ("Yes", ""), ("", ""), ("", "Yes"), ("hello", " world"), ("Yes ", "")]
+    met, nothing, _, first, whole, space = likelihoods(model, *pairs)
+    assert met == whole and nothing == space == (0.0, True)
+    assert np.isfinite([met[0], first[0]]).all() and met[0] < 0
+
+
+def answers(model: FastKVModel, *arguments: dict) -> list[str]:
+    return model.generate_until([SimpleNamespace(args=(CONTEXT, given)) for given in arguments], disable_tqdm=True)
+
+
+def test_answers_are_decoded_as_the_request_says(tiny_model):
+    model = FastKVModel(str(tiny_model), method="full", batch_size=2)
+    hot = {"temperature": 50.0, "max_tokens": 6, "until": [""]}
+    one, other, greedy, again = answers(
+        model, hot, hot, {"max_new_tokens": 6, "until": None}, {**hot, "do_sample": False}
+    )
+    assert one != other and greedy == again
+    assert answers(model, hot, hot) == answers(model, hot, hot)
+    with pytest.raises(fk.FastKVConfigError, match="mixes the special token"):
+        answers(model, {"until": ["so<|end|>"]})
 
 
 def test_the_likelihood_of_a_whole_text_is_refused(tiny_model):
@@ -191,7 +216,8 @@ def test_longbench_in_the_harness_scores_what_evaluate_scores(tmp_path, smollm2_
     assert found is not None
     samples = sorted(found["samples"]["our_hotpotqa"], key=lambda sample: sample["doc_id"])
     for sample, asked, record in zip(samples, longbench.read(tmp_path, "hotpotqa"), records, strict=True):
-        theirs = model._prompt(0, *sample["arguments"][0])
+        context, asked_for = sample["arguments"][0]
+        theirs = model._prompt(0, context, gen_kwargs.read(asked_for, 256))
         ours = prompts.encode(fk.load_tokenizer(smollm2_path), asked, 8192 - 32, UPSTREAM)
         assert (theirs.tokens, theirs.window_end) == (ours.tokens, ours.window_end)
         assert sample["resps"][0][0] == record["prediction"] and sample["f1"] == record["score"]
