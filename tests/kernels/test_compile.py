@@ -27,7 +27,15 @@ def programs_of(script: str, target: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("target", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "v5e:2x2",
+        "tpu7x:2x2x1",
+        pytest.param("v5p:2x2x1", marks=pytest.mark.all_generations),
+        pytest.param("v6e:2x2", marks=pytest.mark.all_generations),
+    ],
+)
 def test_every_kernel_compiles_for_a_tpu(target: str):
     programs = programs_of("compile_for_tpu.py", target)
     assert len(programs) == 29
