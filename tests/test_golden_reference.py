@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fastkv_jax as fk
-from examples import GOLDEN, arrays, filled, model_a
+from examples import GOLDEN, arrays, filled, layers, model_a
 from fastkv_jax.methods.base import Method
 from tolerances import CACHE, FLOAT16, LOGITS
 
@@ -86,11 +86,11 @@ def run(method: Method) -> dict[tuple[str, int], Row]:
     options: dict[str, Any] = {"method": method, "max_new_tokens": STEPS}
     prompt = fk.prefill(model_a(), tokens, start, **options)
     made = np.asarray(fk.generate(model_a(), tokens, start, stop_tokens=(), **options).tokens)
-    layers = [[np.asarray(a) for a in prompt.cache.layer(i)] for i in range(model_a().config.num_layers)]
+    entries = layers(prompt.cache)
     result = {}
     for b, key in enumerate(names):
-        kept = [filled(positions[b]) for _, _, positions in layers]
-        k, v = ([layer[which][b, :, -kept[i].shape[1] :] for i, layer in enumerate(layers)] for which in (0, 1))
+        kept = [filled(positions[b]) for _, _, positions in entries]
+        k, v = ([layer[which][b, :, -kept[i].shape[1] :] for i, layer in enumerate(entries)] for which in (0, 1))
         propagated = None if prompt.propagated is None else filled(prompt.propagated[b][None])[0]
         result[key] = Row(np.asarray(prompt.logits[b]), kept, k, v, propagated, made[b])
     return result

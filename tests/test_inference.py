@@ -25,6 +25,7 @@ from examples import (
     TAILS,
     filled,
     filled_by_head,
+    layers,
     model_a,
     oracle_settings,
     ragged,
@@ -39,6 +40,7 @@ from oracle import oracle_forward, oracle_generate
 from tolerances import CACHE, LOGITS, LOGITS_BF16, SAME
 
 LAYERS = 4
+WIDER = BUCKET + 128  # of prompts alone: one program for all tests
 FASTKV = METHODS[1]
 all_methods = pytest.mark.parametrize("method", METHODS, ids=METHOD_IDS)
 in_the_oracle = pytest.mark.parametrize("method", IN_ORACLE, ids=["full", "fastkv-0", "fastkv-1", "fastkv-2"])
@@ -66,13 +68,12 @@ def greedy(method: Method) -> np.ndarray:
 def assert_same_row(a: Prefill, row: int, b: Prefill, other: int, tolerance: float = SAME) -> None:
     """The same logits, positions and entries, wherever the padding and however many the slots."""
     np.testing.assert_allclose(a.logits[row], b.logits[other], rtol=0, atol=tolerance)
-    for i in range(LAYERS):
-        one, two = a.cache.layer(i), b.cache.layer(i)
+    for one, two in zip(layers(a.cache), layers(b.cache), strict=True):
         heads = filled_by_head(one.positions[row]), filled_by_head(two.positions[other])
         for head, (kept, theirs) in enumerate(zip(*heads, strict=True)):
             np.testing.assert_array_equal(kept, theirs)
             for x, y in ((one.k, two.k), (one.v, two.v)):
-                mine, theirs = (np.asarray(c[r, head])[-len(kept) :] for c, r in ((x, row), (y, other)))
+                mine, theirs = (c[r, head][-len(kept) :] for c, r in ((x, row), (y, other)))
                 np.testing.assert_allclose(mine, theirs, rtol=0, atol=tolerance)
     assert (a.propagated is None) == (b.propagated is None)
     if a.propagated is not None and b.propagated is not None:
@@ -89,8 +90,7 @@ def test_prefill_of_a_ragged_batch_agrees_with_the_oracle(method: Method, tails:
     for row, (prompt, tail) in enumerate(zip(PROMPTS, np.broadcast_to(tails, len(PROMPTS)), strict=True)):
         theirs = oracle_forward(*oracle_model(), prompt, method=oracle_settings(method), window_end=int(tail))
         np.testing.assert_allclose(ours.logits[row], theirs.logits, rtol=0, atol=LOGITS)
-        for i in range(LAYERS):
-            entries = ours.cache.layer(i)
+        for i, entries in enumerate(layers(ours.cache)):
             np.testing.assert_array_equal(filled(entries.positions[row]), theirs.kept[i])
             slots = theirs.kept[i].shape[1]
             np.testing.assert_allclose(entries.k[row, :, -slots:], theirs.k[i], rtol=0, atol=CACHE)
@@ -114,7 +114,7 @@ def test_greedy_tokens_agree_with_the_oracle(method: Method):
 @all_methods
 def test_every_row_equals_its_run_alone_behind_more_padding(method: Method):
     for row, prompt in enumerate(PROMPTS):
-        wider = fk.pad_batch([prompt], BUCKET + 128)
+        wider = fk.pad_batch([prompt], WIDER)
         alone = fk.prefill(model_a(), *wider, method=method, max_new_tokens=NEW)
         assert_same_row(alone, 0, ragged(method), row)
 
@@ -148,7 +148,7 @@ def test_compilations_are_counted():
 @all_methods
 def test_all_lengths_of_a_bucket_share_one_compilation(method: Method):
     def read(prompt: np.ndarray) -> None:
-        fk.prefill(model_a(), *fk.pad_batch([prompt], BUCKET), method=method, max_new_tokens=NEW)
+        fk.prefill(model_a(), *fk.pad_batch([prompt], WIDER), method=method, max_new_tokens=NEW)
 
     read(PROMPTS[-1])
     if isinstance(method, Adaptive):  # its programs are the same for every layer, but some run only once one is found

@@ -7,6 +7,7 @@ TPU targets need libtpu (jax[tpu]), GPU targets the CUDA plugin (jax[cuda13]).
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -24,12 +25,13 @@ TPU_ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+GPU_CORES = 132  # multiprocessors, of both
 GPU_TARGETS = {  # device memory, bandwidth in bytes a second
     "h100": ("NVIDIA H100 80GB HBM3", 85_014_216_704, 3_350_000_000_000),
     "h200": ("NVIDIA H200", 150_754_820_096, 4_800_000_000_000),
 }
 HOPPER = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: 128
 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {bandwidth}
 l2_cache_size: {l2} clock_rate_ghz: 1.98 device_memory_size: {memory} shared_memory_per_block_optin: 232448
 cuda_compute_capability {{ major: 9 }} registers_per_core_limit: 65536 registers_per_block_limit: 65536 }}
@@ -115,13 +117,27 @@ def compile_for(options: argparse.Namespace) -> dict[str, Any]:
     static = Static(method, NEW_TOKENS, 64, platform, kernels, options.kv_dtype)
     prefill = jax.jit(lambda model, prompt: run_stages(model, prompt, None, static))
     found: dict[str, Any] = {name: getattr(options, name) for name in ("target", "model", "tokens", "method")}
-    found |= _compiled(prefill.lower(model, prompt)) | {"flops": costs.prefill_flops(config, method, options.tokens)}
+    with described(options.target):
+        lowered = prefill.lower(model, prompt)
+    found |= _compiled(lowered) | {"flops": costs.prefill_flops(config, method, options.tokens)}
     cache = jax.tree.map(heads, jax.eval_shape(prefill, model, prompt).cache)
     step = jax.jit(lambda model, token, cache: decode(model, token, cache, kernels=kernels), donate_argnums=2)
     slots = [segment.k.shape[0] * segment.k.shape[2] * segment.k.shape[3] for segment in cache.segments]
     flops = costs.decode_flops(config, sum(slots) * config.num_heads // config.num_kv_heads)
-    found["decode"] = _compiled(step.lower(model, ints(1), cache)) | {"flops": flops}
+    with described(options.target):
+        lowered = step.lower(model, ints(1), cache)
+    found["decode"] = _compiled(lowered) | {"flops": flops}
     return found
+
+
+def described(target: str) -> contextlib.AbstractContextManager[object]:
+    """Where programs for a target are lowered: since jax 0.11 Triton asks which GPU its kernels are for."""
+    if target in TPU_TARGETS:
+        return contextlib.nullcontext()
+    from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+
+    chip = AbstractDevice(GPU_TARGETS[target][0], num_cores=GPU_CORES, platform="gpu")
+    return use_abstract_mesh(AbstractMesh((1,), ("model",), (AxisType.Auto,), abstract_device=chip))
 
 
 def _compiled(lowered: Any) -> dict[str, Any]:
@@ -155,9 +171,8 @@ def _devices(target: str) -> Sequence[Any]:
         os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
         jax.config.update("jax_platforms", None)
         name, memory, bandwidth = GPU_TARGETS[target]
-        text = HOPPER.format(
-            name=name, memory=memory, bandwidth=bandwidth, l2=52_428_800 if target == "h100" else 62_914_560
-        )
+        l2 = 52_428_800 if target == "h100" else 62_914_560
+        text = HOPPER.format(name=name, memory=memory, bandwidth=bandwidth, l2=l2, cores=GPU_CORES)
         options = {"topology": "1x1x1", "target_config": text}
         return topologies.get_topology_desc(topology_name="1x1x1", platform="cuda", **options).devices
     except Exception as error:  # what is raised depends on which plugin is missing

@@ -1,5 +1,6 @@
 """Whole prefills and decode steps through the compilers of TPUs that are not here."""
 
+import functools
 import json
 import os
 import subprocess
@@ -7,9 +8,12 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from fastkv_jax.cli import aot_compile
+from kernels_pallas import linear
 
 MAIN = ("v5e-8", "tpu7x-8")  # the least memory, and the newest
 TARGETS = [
@@ -69,6 +73,18 @@ def tokens_flops(n: int) -> int:
     """One layer of Llama-3.1-8B: q and o, k and v, three of the MLP; attention's two products over half the square."""
     products = 2 * n * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336)
     return products + 2 * 2 * 4096 * n * (n + 1) // 2
+
+
+# jax announces at lowering that Triton will go one day; gpu_backend.py is where that will be met.
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("target", list(aot_compile.GPU_TARGETS))
+def test_programs_for_a_gpu_are_lowered_where_there_is_none(target: str):
+    run = jax.jit(functools.partial(linear, implementation="gpu"))
+    shapes = ((1, 256), jnp.bfloat16), ((2, 128, 256), jnp.bfloat16), ((), jnp.int32)
+    with aot_compile.described(target):
+        traced = run.trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @__gpu$xla.gpu.triton") == 1
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import numpy as np
 
 import fastkv_jax as fk
-from examples import BUCKET, EXAMPLES, PROMPTS, model_a, ragged
+from examples import BUCKET, EXAMPLES, PROMPTS, layers, model_a, ragged
 from fastkv_jax.evals.one_pass import in_one_pass, prefill_all
 
 DROP_TOKENS = ("fastkv", "gemfilter", "pyramidinfer", "claa", "asl")
@@ -16,9 +16,8 @@ def test_one_pass_leaves_what_each_method_leaves():
         theirs = ragged(method)
         np.testing.assert_allclose(mine.logits, theirs.logits, rtol=1e-5, atol=1e-5)
         assert mine.cache.max_new_tokens == 3
-        for i in range(4):
-            one_layer, other_layer = (np.asarray(c.layer(i).positions) for c in (mine.cache, theirs.cache))
-            heads = (a.reshape(-1, a.shape[-1]) for a in (one_layer, other_layer))
+        for one_layer, other_layer in zip(layers(mine.cache), layers(theirs.cache), strict=True):
+            heads = (a.positions.reshape(-1, a.positions.shape[-1]) for a in (one_layer, other_layer))
             for one, two in zip(*heads, strict=True):
                 assert one[one >= 0].tolist() == two[two >= 0].tolist()
 
@@ -28,8 +27,8 @@ def test_rows_may_end_their_question_apart():
     tokens, start = fk.pad_batch(PROMPTS, BUCKET)
     (mine,) = prefill_all(model_a(), tokens, start, methods=[method], max_new_tokens=0, window_end=ends)
     theirs = fk.prefill(model_a(), tokens, start, method=method, max_new_tokens=0, window_end=ends)
-    for i in range(4):
-        np.testing.assert_array_equal(mine.cache.layer(i).positions, theirs.cache.layer(i).positions)
+    for one, two in zip(layers(mine.cache), layers(theirs.cache), strict=True):
+        np.testing.assert_array_equal(one.positions, two.positions)
 
 
 def test_which_methods_let_every_token_through_every_layer():

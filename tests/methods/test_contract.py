@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastkv_jax as fk
-from examples import EXAMPLES, LENGTHS, METHOD_IDS, METHODS, TAILS, filled, filled_by_head, ragged
+from examples import EXAMPLES, LENGTHS, METHOD_IDS, METHODS, TAILS, filled, filled_by_head, layers, ragged
 from fastkv_jax.adaptive import Adaptive
 from fastkv_jax.methods.base import Layer, Method, Segment
 from fastkv_jax.methods.plan import check_plan, effective_budgets
@@ -90,10 +90,11 @@ def test_the_plan_of_many_lengths_is_that_of_each(method: Method):
 @every_method
 def test_the_window_and_what_follows_it_are_always_kept(method: Method, tails: tuple[int, ...] | int):
     result = ragged(method, tails)
+    entries = layers(result.cache)
     for row, (n, tail) in enumerate(zip(LENGTHS, np.broadcast_to(tails, len(LENGTHS)), strict=True)):
         window = int(method.window(np.array([n]))[0])
         last = np.arange(max(0, n - window - tail) if window else n, n)
-        kept = [head for i in range(LAYERS) for head in filled_by_head(result.cache.layer(i).positions[row])]
+        kept = [head for i in range(LAYERS) for head in filled_by_head(entries[i].positions[row])]
         kept += [] if result.propagated is None else filled_by_head(result.propagated[row][None])
         for positions in kept:
             assert (positions[len(positions) - len(last) :] == last).all()
@@ -104,12 +105,13 @@ def test_the_window_and_what_follows_it_are_always_kept(method: Method, tails: t
 @every_method
 def test_effective_budgets_are_what_prefill_really_keeps(method: Method, tails: tuple[int, ...] | int):
     result = ragged(method, tails)
+    entries = layers(result.cache)
     for row, (n, tail) in enumerate(zip(LENGTHS, np.broadcast_to(tails, len(LENGTHS)), strict=True)):
         runs = effective_budgets(method, n, int(tail), LAYERS)
         assert [layer for run in runs for layer in range(run.first, run.last + 1)] == list(range(LAYERS))
         for run in runs:
             for layer in range(run.first, run.last + 1):
-                heads = filled_by_head(result.cache.layer(layer).positions[row])
+                heads = filled_by_head(entries[layer].positions[row])
                 assert sum(map(len, heads)) == len(heads) * run.kept
         if result.propagated is not None:
             allowed = {runs[-1].tokens}
