@@ -1,11 +1,14 @@
 """A model small enough to be made in the test, with a tokenizer and a chat template of its own."""
 
 import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -49,3 +52,25 @@ def tiny_model(tmp_path_factory):
             tensors[template] = np.array(values[...]) * 20
     save_file(tensors, folder / "model.safetensors")
     return folder
+
+
+@pytest.fixture(scope="session")
+def always_says(tiny_model, tmp_path_factory) -> Callable[..., Path]:
+    """A function that makes the tiny model over: it says one token at every step; its files say what they are told."""
+
+    def make(token: int, *, config: dict | None = None, generation: dict | None = None) -> Path:
+        folder = tmp_path_factory.mktemp("always") / "model"
+        shutil.copytree(tiny_model, folder)
+        found = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False} | (config or {})
+        (folder / "config.json").write_text(json.dumps(found))
+        if generation is not None:
+            (folder / "generation_config.json").write_text(json.dumps(generation))
+        tensors = load_file(folder / "model.safetensors")
+        embedding = tensors["model.embed_tokens.weight"]
+        embedding[:, 0] = 600  # of every hidden state the largest part, which only this token's row reads
+        head = np.zeros_like(embedding)
+        head[token, 0] = 60
+        save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors")
+        return folder
+
+    return make

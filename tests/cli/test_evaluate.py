@@ -66,6 +66,35 @@ def test_another_configuration_is_refused(done, needles, capsys):
     assert "is of another configuration (settings" in err and err.count("\n") == 1
 
 
+def test_a_run_keeps_the_date_that_it_began_on(tmp_path, tiny_model, capsys):
+    """The template writes the date: a run that goes on after midnight asks what it asked before."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny_model, model)
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text("Today is {{ strftime_now('%d %B %Y') }}.\n" + template)
+    words = [
+        "--suite",
+        "needle",
+        "--lengths",
+        "900",
+        "--depths",
+        "2",
+        *QUICK,
+        "--model",
+        str(model),
+        "--output",
+        str(out),
+    ]
+    assert evaluate.main([*words, "--quiet", "--date", "2024-02-29"]) == 0
+    before = records(out / "fastkv")
+    (out / "fastkv" / "results.jsonl").unlink()
+    assert evaluate.main(words) == 0  # on another day
+    assert "2 of 2 samples were answered before" in capsys.readouterr().err and records(out / "fastkv") == before
+    assert json.loads((out / "fastkv" / "run.json").read_text())["config"]["date"].startswith("2024-02-29")
+    assert evaluate.main([*words, "--quiet", "--date", "2024-03-01"]) == 2
+    assert 'date "2024-02-29T00:00:00" there, "2024-03-01T00:00:00" here' in capsys.readouterr().err
+
+
 def test_a_grid_runs_every_method(tmp_path, tiny_model, capsys):
     grid = tmp_path / "grid.yaml"
     grid.write_text("""

@@ -239,6 +239,81 @@ def test_a_reader_that_leaves_early_is_no_error(tiny_model, tmp_path):
         assert process.wait(timeout=60) == 0 and err == b""
 
 
+# ------------------------------------------------------------------------------------------- what ends an answer
+
+START, END = 0, 1  # the tokenizer's <|start|> and <|end|>
+
+
+@pytest.mark.filterwarnings("always::fastkv_jax.errors.ModelWarning")
+def test_files_that_disagree_end_an_answer_all_the_same_and_it_is_said_once(run, always_says):
+    """The configuration names another token than the tokenizer and its template end a turn with."""
+    folder = always_says(END, config={"eos_token_id": 5}, generation={"eos_token_id": 5})
+    code, out, err = run("--model", str(folder), "--prompt", "hi", "--json")
+    answer = json.loads(out)
+    assert (code, answer["token_ids"], answer["finish_reason"]) == (0, [END], "eos")
+    (told,) = answer["warnings"]
+    assert err.count(told) == 1 and "different end tokens" in told and "<|end|> (1)" in told
+    code, out, err = run("--model", str(folder), "--prompt", "hi", "--json", "--quiet")
+    assert (code, err, json.loads(out)["warnings"]) == (0, "", [told])
+
+
+def test_a_stop_that_is_a_special_token_ends_an_answer(run, always_says):
+    folder = str(always_says(START))
+    code, out, _ = run("--model", folder, "--prompt", "hi", "--json", "--quiet")
+    assert json.loads(out)["finish_reason"] == "length"
+    code, out, _ = run("--model", folder, "--prompt", "hi", "--json", "--quiet", "--stop", "<|start|>")
+    answer = json.loads(out)
+    assert (code, answer["token_ids"], answer["text"], answer["finish_reason"]) == (0, [START], "", "stop")
+    code, out, err = run("--model", folder, "--prompt", "hi", "--stop", "so<|start|>")
+    assert (code, out) == (2, "") and "mixes the special token <|start|> with text" in err
+
+
+def test_equal_prompts_sample_different_answers_the_same_again_for_the_same_seed(run):
+    Path("four.jsonl").write_text('{"prompt": "hello"}\n' * 4)
+    hot = ("--temperature", "50", "--quiet")
+
+    def texts(*words: str) -> list[str]:
+        code, out, _ = run("--input", "four.jsonl", *hot, *words)
+        assert code == 0
+        return [json.loads(line)["text"] for line in out.splitlines()]
+
+    found = texts()
+    assert len(set(found)) == 4 and texts() == found and texts("--seed", "1") != found
+    assert run("--prompt", "hello", *hot)[1].rstrip("\n") == found[0].rstrip("\n")
+
+
+def test_what_the_template_is_told(run, tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("told") / "model"
+    shutil.copytree(tiny_model, folder)
+    template = (
+        "{{ strftime_now('%Y') }}{{ messages[0].content }}{% if thinks is defined %}{{ thinks }}{% endif %}<|end|>"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    words = ("--model", str(folder), "--prompt", "hi", "--json", "--quiet")
+
+    def tokens(*more: str) -> int:
+        return json.loads(run(*words, *more)[1])["prompt_tokens"]
+
+    assert tokens() == len("0000hi") + 1 and tokens("--date", "2024-07-26") == tokens()
+    assert tokens("--chat-template-args", '{"thinks": false}') == tokens() + len("False")
+    for more, message in (
+        (["--chat-template-args", "[]"], "must be a JSON object"),
+        (["--chat-template-args", '{"tokenize": true}'], "'tokenize' is set by fastkv_jax"),
+        (["--date", "soon"], "YYYY-MM-DD"),
+        (["--raw", "--date", "2024-07-26"], "none is used here"),
+    ):
+        code, out, err = run(*words, *more)
+        assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("always::fastkv_jax.errors.ModelWarning")
+def test_a_tokenizer_may_be_brought_along(run, tiny_model, smollm2_path):
+    own = run("--prompt", "hello", "--quiet")
+    assert run("--prompt", "hello", "--quiet", "--tokenizer", str(tiny_model)) == own
+    code, out, err = run("--prompt", "hello", "--quiet", "--tokenizer", str(smollm2_path))
+    assert (code, out) == (3, "") and "49152 ids, the model's embedding only" in err
+
+
 # --------------------------------------------------------------------------------- one document, many questions
 
 
