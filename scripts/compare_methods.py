@@ -15,7 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 import fastkv_jax as fk
-from fastkv_jax import presets, text
+from fastkv_jax import files, presets, text
+from fastkv_jax.errors import InputError
 from fastkv_jax.evals import needles
 from fastkv_jax.evals.compare import Question, Row, compare, methods_at
 from fastkv_jax.evals.documents import document
@@ -81,6 +82,11 @@ def main() -> int:
     parser.add_argument("--haystack", type=Path, metavar="FOLDER")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if options.output is not None:
+        try:
+            files.check_target(options.output)
+        except InputError as error:
+            parser.error(str(error))
     model, tokenizer = fk.load_model(options.model, dtype=options.dtype), fk.load_tokenizer(options.model)
     layers = model.config.num_layers
     rows = [Row("full@100 %", fk.FullKV())]
@@ -97,7 +103,8 @@ def main() -> int:
         def report() -> None:
             bar.update()
             if options.output is not None:  # what is known so far
-                options.output.write_text(render(rows), encoding="utf-8")
+                with files.replacing(options.output) as scratch:
+                    scratch.write_text(render(rows), encoding="utf-8")
 
         compare(model, rows, asked, pieces, 2048, report)
     sys.stdout.write(render(rows))

@@ -7,8 +7,8 @@ import jax
 MOST = 20_000  # of Linux's 65,530 (vm.max_map_count)
 
 
-def forget_programs_if_many() -> None:
-    """Drop JAX's compiled programs, which are then compiled again when needed, if this process has many maps."""
+def forget_programs_if_many(most: int = MOST) -> None:
+    """Drop JAX's compiled programs, which are then compiled again when needed, if this process has more maps."""
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > MOST:
+    if maps.exists() and maps.read_bytes().count(b"\n") > most:
         jax.clear_caches()

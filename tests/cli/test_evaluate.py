@@ -72,19 +72,8 @@ def test_a_run_keeps_the_date_that_it_began_on(tmp_path, tiny_model, capsys):
     shutil.copytree(tiny_model, model)
     template = (model / "chat_template.jinja").read_text()
     (model / "chat_template.jinja").write_text("Today is {{ strftime_now('%d %B %Y') }}.\n" + template)
-    words = [
-        "--suite",
-        "needle",
-        "--lengths",
-        "900",
-        "--depths",
-        "2",
-        *QUICK,
-        "--model",
-        str(model),
-        "--output",
-        str(out),
-    ]
+    needle = ["--suite", "needle", "--lengths", "900", "--depths", "2"]
+    words = [*needle, *QUICK, "--model", str(model), "--output", str(out)]
     assert evaluate.main([*words, "--quiet", "--date", "2024-02-29"]) == 0
     before = records(out / "fastkv")
     (out / "fastkv" / "results.jsonl").unlink()
@@ -93,6 +82,29 @@ def test_a_run_keeps_the_date_that_it_began_on(tmp_path, tiny_model, capsys):
     assert json.loads((out / "fastkv" / "run.json").read_text())["config"]["date"].startswith("2024-02-29")
     assert evaluate.main([*words, "--quiet", "--date", "2024-03-01"]) == 2
     assert 'date "2024-02-29T00:00:00" there, "2024-03-01T00:00:00" here' in capsys.readouterr().err
+
+
+def test_arguments_of_the_template_are_part_of_a_run(tmp_path, tiny_model, capsys):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny_model, model)
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text(
+        template + "{% if enable_thinking is defined and not enable_thinking %}Say it at once.{% endif %}"
+    )
+    row = {"input": "Who?", "context": "It was the baker.", "answers": ["the baker"], "length": 9,
+           "dataset": "hotpotqa", "language": "en", "all_classes": None, "_id": "0"}  # fmt: skip
+    (tmp_path / "hotpotqa.jsonl").write_text(json.dumps(row) + "\n")
+    words = ["--suite", "longbench", "--tasks", "hotpotqa", "--data", str(tmp_path), *QUICK, "--model", str(model)]
+    at_once = ["--chat-template-args", '{"enable_thinking": false}']
+    assert evaluate.main([*words, "--quiet", *at_once, "--output", str(out)]) == 0
+    assert evaluate.main([*words, "--quiet", "--output", str(tmp_path / "thinks")]) == 0
+    (told,), (thinks,) = (records(folder / "fastkv") for folder in (out, tmp_path / "thinks"))
+    assert told["prompt_tokens"] == thinks["prompt_tokens"] + len("Say it at once.")
+    run = json.loads((out / "fastkv" / "run.json").read_text())
+    assert run["config"]["chat_template_args"] == {"enable_thinking": False}
+    capsys.readouterr()
+    assert evaluate.main([*words, "--quiet", "--output", str(out)]) == 2
+    assert "is of another configuration (chat_template_args" in capsys.readouterr().err
 
 
 def test_a_grid_runs_every_method(tmp_path, tiny_model, capsys):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,24 @@ def test_answers_are_decoded_as_the_request_says(tiny_model):
     assert answers(model, hot, hot) == answers(model, hot, hot)
     with pytest.raises(fk.FastKVConfigError, match="mixes the special token"):
         answers(model, {"until": ["so<|end|>"]})
+
+
+def test_the_template_is_told_what_model_args_say(tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    template = (folder / "chat_template.jinja").read_text() + "{% if enable_thinking is defined %}"
+    template += "{{ enable_thinking }} {{ strftime_now('%Y') }} {{ style }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(template)
+    chat = [{"role": "user", "content": "hi"}]
+    plain = FastKVModel.create_from_arg_string(f"model={folder}").apply_chat_template(chat)
+    words = f"model={folder},enable_thinking=False,date=2024-02-29"
+    assert FastKVModel.create_from_arg_string(words).apply_chat_template(chat) == plain + "False 2024 "
+    given = {"enable_thinking": True, "style": "terse"}
+    for arguments in (given, json.dumps(given)):
+        words = {"model": str(folder), "chat_template_args": arguments, "date": "2024-02-29"}
+        assert FastKVModel.create_from_arg_obj(words).apply_chat_template(chat) == plain + "True 2024 terse"
+    with pytest.raises(fk.FastKVConfigError, match="must be a JSON object"):
+        FastKVModel.create_from_arg_string(f"model={folder},chat_template_args=[]")
 
 
 def test_the_likelihood_of_a_whole_text_is_refused(tiny_model):

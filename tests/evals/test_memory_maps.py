@@ -3,11 +3,11 @@
 import jax
 import pytest
 
-from fastkv_jax.evals import memory_maps
+from fastkv_jax.evals.memory_maps import forget_programs_if_many
 
 
 @pytest.mark.parametrize(("most", "compiles"), [(0, 2), (10**9, 1)])
-def test_programs_are_forgotten_only_if_there_are_many(most: int, compiles: int, monkeypatch):
+def test_programs_are_forgotten_only_if_there_are_many(most: int, compiles: int):
     traced = []
 
     @jax.jit
@@ -15,8 +15,7 @@ def test_programs_are_forgotten_only_if_there_are_many(most: int, compiles: int,
         traced.append(x)
         return x + 1
 
-    monkeypatch.setattr(memory_maps, "MOST", most)
     program(1)
-    memory_maps.forget_programs_if_many()
+    forget_programs_if_many(most)
     program(1)
     assert len(traced) == compiles
