@@ -191,14 +191,10 @@ def _no_lists(entry: dict[str, Any]) -> dict[str, Any]:
 def _evaluate(
     options: argparse.Namespace, suites, grid, axes: dict[str, int], platform: str, share: joining.Share | None
 ) -> int:
-    import jax
-
     from fastkv_jax import checkpoint, text
     from fastkv_jax.cli.report import Reporter
-    from fastkv_jax.evals import catalogue, folder
-    from fastkv_jax.evals.engine import ModelEngine, OnePass
-    from fastkv_jax.evals.runner import Alone, run_together
-    from fastkv_jax.evals.signals import deferred_signals
+    from fastkv_jax.evals import catalogue
+    from fastkv_jax.evals.engine import ModelEngine
 
     say = Reporter(quiet=options.quiet)
     dtype = common.dtype_for(options, platform)
@@ -217,54 +213,72 @@ def _evaluate(
     chat = text.has_chat_template(tokenizer)
     around = len(text.encode_chat(tokenizer, "?", rendering=rendering).token_ids) - count("?") if chat else 0
     built = [catalogue.build(suite, count, around) for suite in suites]
+    say.line("suite", f"{sum(len(suite.samples) for suite in built)} questions x {len(runs)} methods")
+    protocol = _protocol(suites)
+    settings_of_all = {
+        "model": found.name, "tokenizer": found.tokenizer and found.tokenizer.name, "dtype": dtype,
+        "date": rendering.moment.isoformat(), "chat_template_args": rendering.arguments,
+        "query_aware": not options.query_agnostic, "kv_dtype": options.kv_dtype, "max_tokens": limit, "mesh": axes,
+        "suites": [dataclasses.asdict(suite) for suite in suites], "protocol": protocol.name if protocol else "ours",
+    }  # fmt: skip
+    engine = ModelEngine(
+        checkpoint.load_model(found, dtype, mesh=meshes.build(axes)), tokenizer, runs[0].method, limit,
+        query_aware=not options.query_agnostic, protocol=protocol, kv_dtype=options.kv_dtype, rendering=rendering,
+        published_ends=checkpoint.declared_end_tokens(found),
+    )  # fmt: skip
+    together = _shared(runs, config.num_layers, bool(grid and grid.get("share_prefill")))
+    _answer(options, together, built, engine, settings_of_all, share, say)
+    _report(options, runs, built)
+    return common.OK
+
+
+def _answer(
+    options: argparse.Namespace, together: list[list[Run]], built, engine, settings_of_all: dict[str, Any],
+    share: joining.Share | None, say,
+) -> None:  # fmt: skip
+    """Every run's answers, each in a folder of its own; `engine` lacks the run's method."""
+    import jax
+
+    from fastkv_jax.evals import folder
+    from fastkv_jax.evals.engine import OnePass
+    from fastkv_jax.evals.runner import Alone, run_together
+    from fastkv_jax.evals.signals import deferred_signals
+
     samples = [sample for suite in built for sample in suite.samples]
     suite_of = {task: suite for suite in built for task in suite.metrics}
-    say.line("suite", f"{len(samples)} questions x {len(runs)} methods")
-    model = checkpoint.load_model(found, dtype, mesh=meshes.build(axes))
-    protocol, published_ends = _protocol(suites), checkpoint.declared_end_tokens(found)
     process, processes = (share.process, share.processes) if share else (jax.process_index(), jax.process_count())
 
     def opened(one: Run, shared: bool) -> Any:
-        config_of_run = {
-            "model": found.name, "tokenizer": found.tokenizer and found.tokenizer.name, "dtype": dtype,
-            "date": rendering.moment.isoformat(), "chat_template_args": rendering.arguments,
-            "method": type(one.method).__name__,
-            "settings": presets.settings(one.method), "window_at_question": one.window_at_question,
-            "query_aware": not options.query_agnostic, "kv_dtype": options.kv_dtype, "max_tokens": limit,
-            "mesh": axes, "suites": [dataclasses.asdict(suite) for suite in suites],
-            "protocol": protocol.name if protocol else "ours", "shared_prefill": shared,
+        settings_of_run = settings_of_all | {
+            "method": type(one.method).__name__, "settings": presets.settings(one.method),
+            "window_at_question": one.window_at_question, "shared_prefill": shared,
         }  # fmt: skip
         return folder.opened(
-            _folder(options, one), config_of_run, process=process, processes=processes,
+            _folder(options, one), settings_of_run, process=process, processes=processes,
             overwrite=options.overwrite, take_over=options.take_over,
         )  # fmt: skip
 
-    def engine(one: Run) -> ModelEngine:
-        return ModelEngine(
-            model, tokenizer, one.method, limit, one.window_at_question, not options.query_agnostic,
-            protocol=protocol, published_ends=published_ends, kv_dtype=options.kv_dtype, rendering=rendering,
-        )  # fmt: skip
-
     with deferred_signals() as stop:
-        for together in _shared(runs, config.num_layers, bool(grid and grid.get("share_prefill"))):
-            for one in together:
+        for group in together:
+            for one in group:
                 say.line("method", f"{one.name} -> {_folder(options, one)}")
             with ExitStack() as stack:
-                outputs = [stack.enter_context(opened(one, len(together) > 1)) for one in together]
+                outputs = [stack.enter_context(opened(one, len(group) > 1)) for one in group]
                 joining.remember(options, share)
-                engines = tuple(map(engine, together))
-                company = OnePass(engines) if len(engines) > 1 else Alone(*engines)
+                engines = tuple(
+                    dataclasses.replace(engine, method=one.method, window_at_question=one.window_at_question)
+                    for one in group
+                )
                 summaries = run_together(
-                    samples, company, outputs, score=lambda sample, answer: suite_of[sample.task].score(sample, answer),
+                    samples, OnePass(engines) if len(engines) > 1 else Alone(*engines), outputs,
+                    score=lambda sample, answer: suite_of[sample.task].score(sample, answer),
                     batch_tokens=options.batch_tokens, max_rows=options.max_rows, save_prompts=options.save_prompts,
                     stop=stop, report=None if options.quiet else lambda line: say.line("", line),
                 )  # fmt: skip
-            for one, summary in zip(together, summaries, strict=True):
+            for one, summary in zip(group, summaries, strict=True):
                 if summary.failed:
                     told = f"{summary.failed} of {summary.samples} samples have an error in their record"
                     say.line("failed", f"{one.name}: {told}")
-    _report(options, runs, built)
-    return common.OK
 
 
 def _shared(runs: Sequence[Run], num_layers: int, share: bool) -> list[list[Run]]:
