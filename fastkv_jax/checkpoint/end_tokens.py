@@ -3,27 +3,31 @@
     declared    generation_config.json, config.json, or a GGUF file's own keys
     tokenizer   its end-of-sequence token
     template    what it writes behind an answer
+    texts       special tokens that only ever end a text or a turn, unless they are said to be something else
 
-Each of them ends an answer. Where they name different ones, a line says so: a model whose end of turn nobody stops at
-talks on to its limit.
+Each of them ends an answer. Where the first three name different ones, or nothing but its text tells what ends a turn,
+a line says so: a model whose end of turn nobody stops at talks on to its limit.
 """
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from etils import epath
 
+from fastkv_jax.checkpoint.special_tokens import looks_special
 from fastkv_jax.checkpoint.turn_ends import turn_ends
 from fastkv_jax.errors import ModelWarning
 
 Claim = tuple[str, tuple[int, ...]]  # who says so, and which tokens
 
+TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "[EOS]")
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eot|>", "<EOT>", "_<EOT>", "[EOT]",
-             "<|end_of_turn|>", "<|turn_end|>", "<end_of_utterance>", "<|eom_id|>")  # fmt: skip
-"""Texts that only ever end a turn, for files that have no place to say so."""
+             "<|end_of_turn|>", "<|turn_end|>", "<end_of_utterance>", "<|eom_id|>", "<|return|>", "[|endofturn|]",
+             "<|endofturn|>", "<|END_OF_TURN_TOKEN|>", "<turn|>")  # fmt: skip
+"""Texts that only ever end a text, or a turn."""
 
 
 @dataclass(frozen=True)
@@ -39,22 +43,30 @@ class Vocabulary:
         texts = [text for text, number in self.special.items() if number == token]
         return f"{texts[0]} ({token})" if texts else str(token)
 
+    def ids_of(self, texts: Sequence[str]) -> tuple[int, ...]:
+        """Of those special tokens that there are."""
+        return tuple(self.special[text] for text in texts if text in self.special)
+
 
 def end_tokens(declared: Sequence[Claim], vocabulary: Vocabulary, vocab_size: int, source: str) -> tuple[int, ...]:
     """All tokens that end an answer, those declared first. Warns with a `ModelWarning` where the claims differ.
 
     Ids that the model cannot produce are left out, and said.
     """
-    eos = vocabulary.special.get(vocabulary.names.get("eos_token", ""))
-    claims = [*declared, ("its tokenizer", () if eos is None else (eos,))]
+    claims = [*declared, ("its tokenizer", vocabulary.ids_of([vocabulary.names.get("eos_token", "")]))]
     if vocabulary.template:
-        claims.append(("its chat template", turn_ends(vocabulary.template, vocabulary.names, vocabulary.special)))
+        told = turn_ends(vocabulary.template, vocabulary.names, vocabulary.special)
+        claims.append(("its chat template", told))
+    by_text, others = vocabulary.ids_of(TURN_ENDS), [vocabulary.names.get(f"{role}_token") for role in ("bos", "unk")]
+    if not any(set(ids) & set(by_text) for _, ids in claims):  # nothing else tells what ends a turn
+        claims.append(("the texts of its tokens", by_text))
     claims = [(who, ids) for who, ids in claims if ids]
-    every = dict.fromkeys(token for _, ids in claims for token in ids)
+    claimed = [token for _, ids in claims for token in ids]
+    every = dict.fromkeys([*claimed, *by_text, *vocabulary.ids_of([text for text in TEXT_ENDS if text not in others])])
     ends = tuple(token for token in every if 0 <= token < vocab_size)
     if impossible := [str(token) for token in every if not 0 <= token < vocab_size]:
         _warn(f"{source}: end token {', '.join(impossible)} is outside the {vocab_size:,} tokens; not used")
-    if claims and set(ends) - set(claims[0][1]):
+    if claims and set(claimed) & set(ends) - set(claims[0][1]):
         told = "; ".join(f"{who} {' and '.join(map(vocabulary.text_of, ids))}" for who, ids in claims)
         _warn(f"{source}: its files name different end tokens, each of which ends an answer: {told}")
     return ends
@@ -69,21 +81,32 @@ def vocabulary_of_folder(folder: epath.Path) -> Vocabulary:
     settings = read_json(folder / "tokenizer_config.json")
     named = {**read_json(folder / "special_tokens_map.json"), **settings}
     names = {role: text for role, value in named.items() if role.endswith("_token") and (text := _text(value))}
-    return Vocabulary(_special(folder, settings, names), names, _template(folder, settings))
+    more = [named.get(name) for name in ("additional_special_tokens", "extra_special_tokens")]
+    lists = [value.values() if isinstance(value, dict) else value for value in more if isinstance(value, (dict, list))]
+    roles = {*names.values(), *(_text(value) for values in lists for value in values)}
+    return Vocabulary(_special(folder, settings, roles), names, _template(folder, settings))
 
 
-def _special(folder: epath.Path, settings: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, int]:
-    """The ids of added tokens and of those that have a role."""
-    added = settings.get("added_tokens_decoder")
-    if isinstance(added, dict) and added:
-        return {text: int(number) for number, entry in added.items() if (text := _text(entry)) and number.isdecimal()}
+def _special(folder: epath.Path, settings: Mapping[str, Any], roles: Container[str | None]) -> dict[str, int]:
+    """The ids of added tokens, of those that have a role, and of those whose text has a role of its own."""
     whole = read_json(folder / "tokenizer.json")
-    entries, model = whole.get("added_tokens") or [], whole.get("model")
-    found = {text: entry.get("id") for entry in entries if (text := _text(entry)) and isinstance(entry, dict)}
-    known = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(known, dict):
-        found = {text: known.get(text) for text in names.values()} | found
-    return {text: number for text, number in found.items() if type(number) is int}
+    found = {text: i for text, i in _vocabulary(folder, whole).items() if text in roles or looks_special(text)}
+    found |= read_json(folder / "added_tokens.json")
+    entries = [entry for entry in whole.get("added_tokens") or [] if isinstance(entry, dict)]
+    found |= {text: entry.get("id") for entry in entries if (text := _text(entry))}
+    added = settings.get("added_tokens_decoder")
+    if isinstance(added, dict):
+        found |= {text: int(i) for i, entry in added.items() if (text := _text(entry)) and i.isdecimal()}
+    return {text: i for text, i in found.items() if type(i) is int}
+
+
+def _vocabulary(folder: epath.Path, whole: Mapping[str, Any]) -> Mapping[str, Any]:
+    """All texts with their ids, from tokenizer.json or, in older folders, vocab.json."""
+    model = whole.get("model")
+    known = model.get("vocab") if isinstance(model, dict) else read_json(folder / "vocab.json")
+    if isinstance(known, list):  # pairs of text and score
+        return {entry[0]: i for i, entry in enumerate(known) if isinstance(entry, list) and entry}
+    return known if isinstance(known, dict) else {}
 
 
 def _template(folder: epath.Path, settings: Mapping[str, Any]) -> str | None:
@@ -94,7 +117,7 @@ def _template(folder: epath.Path, settings: Mapping[str, Any]) -> str | None:
     found = settings.get("chat_template") or read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(found, list):  # several by name
         by_name = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-        found = by_name.get("default")
+        found = by_name.get("default") or (next(iter(by_name.values())) if len(by_name) == 1 else None)
     return found if isinstance(found, str) else None
 
 

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from fastkv_jax.checkpoint.assemble import aligned_empty, assemble, cast, check_finite
 from fastkv_jax.checkpoint.check import check_tensors
-from fastkv_jax.checkpoint.end_tokens import TURN_ENDS, Claim, Vocabulary
+from fastkv_jax.checkpoint.end_tokens import Claim, Vocabulary
 from fastkv_jax.checkpoint.gguf_file import GGUFFile, open_gguf
 from fastkv_jax.checkpoint.special_tokens import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, looks_special
 from fastkv_jax.config import LlamaConfig, RopeConfig
@@ -52,12 +52,8 @@ def inspect(path: Path) -> LlamaConfig:
 
 
 def declared_ends(path: Path) -> list[Claim]:
-    """The end tokens that its keys name; older files have no key for the end of a turn, which its text gives away."""
-    file = open_gguf(path)
-    keys = _token_ids(file, _STOP_KEYS)
-    special = vocabulary(path).special
-    by_text = tuple(special[text] for text in TURN_ENDS if text in special)
-    return [("the file's keys", keys), ("the texts of its tokens", () if set(by_text) <= set(keys) else by_text)]
+    """The end tokens that its keys name."""
+    return [("the file's keys", _token_ids(open_gguf(path), _STOP_KEYS))]
 
 
 def vocabulary(path: Path) -> Vocabulary:
@@ -67,7 +63,8 @@ def vocabulary(path: Path) -> Vocabulary:
     if not isinstance(tokens, list):
         return Vocabulary()
     kinds = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
-    roles = {f"{name}_token": metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown"}
+    roles = {role: metadata.get(f"tokenizer.ggml.{name}_token_id") for role, name in keys.items()}
     names = {role: tokens[i] for role, i in roles.items() if isinstance(i, int) and 0 <= i < len(tokens)}
     special = {
         text: i

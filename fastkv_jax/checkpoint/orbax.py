@@ -172,7 +172,7 @@ def _stored_shapes(weights: epath.Path) -> dict[str, tuple[int, ...]]:
         raise CheckpointError(f"{weights} is missing or incomplete; convert the model again")
     try:
         with quiet(), _reader(alone=True) as checkpointer:
-            metadata = checkpointer.metadata(weights).item_metadata
+            metadata = checkpointer.metadata(_absolute(weights)).item_metadata
         if metadata is None:
             raise ValueError("damaged metadata")
         return {name: tuple(array.shape) for name, array in metadata.tree.items()}
@@ -214,9 +214,14 @@ def _reader(*, alone: bool) -> Any:
 def _restore(weights: epath.Path, abstract: Mapping[str, jax.ShapeDtypeStruct], *, alone: bool) -> dict[str, jax.Array]:
     try:
         with quiet(), _reader(alone=alone) as checkpointer:
-            return checkpointer.restore(weights, dict(abstract))
+            return checkpointer.restore(_absolute(weights), dict(abstract))
     except Exception as error:  # a damaged checkpoint raises whatever the damaged layer raises
         raise CheckpointError(f"{weights} cannot be restored: {_first_line(error)}; convert the model again") from error
+
+
+def _absolute(path: epath.Path) -> epath.Path:
+    """Orbax finds nothing by a relative path."""
+    return path if is_remote(path) else path.absolute()
 
 
 def _first_line(error: Exception) -> str:

@@ -20,7 +20,7 @@ CHATML = "{% for m in messages %}<turn>{{ m.role }}: {{ m.content }}<end>\n{% en
 def test_files_that_agree_say_nothing():
     vocabulary = Vocabulary(SPECIAL, {"eos_token": "<end>"}, CHATML)
     assert end_tokens([("a", (5, 8)), ("b", (5,))], vocabulary, 10, "m") == (5, 8)
-    assert end_tokens([("a", ()), ("b", (5,))], vocabulary, 10, "m") == (5,)
+    assert end_tokens([("a", ()), ("b", (5,))], vocabulary, 10, "m") == (5, 8)  # the end of a text is no contradiction
     assert end_tokens([], Vocabulary(), 10, "m") == ()
 
 
@@ -31,6 +31,8 @@ def test_files_that_agree_say_nothing():
         ((8,), {}, CHATML, (8, 5)),
         ((8,), {"eos_token": "</s>"}, CHATML.replace("<end>", "{{ eos_token }}"), (8,)),
         ((), {"eos_token": "</s>"}, CHATML, (8, 5)),
+        ((5,), {"unk_token": "</s>"}, None, (5,)),  # said to be something else
+        ((5,), {}, None, (5, 8)),
     ],
 )
 @pytest.mark.filterwarnings("ignore::fastkv_jax.errors.ModelWarning")
@@ -41,6 +43,13 @@ def test_each_claim_ends_an_answer(declared, names, template, ends):
 def test_a_contradiction_is_one_line_with_every_claim():
     with pytest.warns(ModelWarning, match=r"m: .*config.json </s> \(8\); its tokenizer <end> \(5\); its chat template"):
         end_tokens([("config.json", (8,))], Vocabulary(SPECIAL, {"eos_token": "<end>"}, CHATML), 10, "m")
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.content.parts }}<turn>{% endfor %}", CHATML])
+def test_the_text_of_a_token_tells_the_end_of_a_turn_that_nothing_else_tells(template):
+    vocabulary = Vocabulary(SPECIAL | {"<|im_end|>": 3}, {}, template)
+    with pytest.warns(ModelWarning, match="chat template <end>" if template == CHATML else r"texts of .*<\|im_end\|>"):
+        assert 3 in end_tokens([("config.json", (8,))], vocabulary, 10, "m")
 
 
 @pytest.mark.parametrize("impossible", [10, -1])
@@ -62,6 +71,12 @@ def test_an_id_that_the_model_cannot_say_is_left_out_and_said(impossible):
         ("{{ messages[7].content.x.y }}", ()),
         ("{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxx{% endfor %}{% endfor %}", ()),
         ("{% if %}", ()),
+        (CHATML + "{% if tools is not none %}{{ tools | first }}{% endif %}", (5,)),  # a variable of transformers
+        ("{{ messages[0] | tojson(ensure_ascii=False, indent=2) }}" + CHATML, (5,)),
+        ("{{ strftime_now(format='%d') }}" + CHATML, (5,)),
+        (CHATML.replace("m.content", "m.content | upper"), (5,)),
+        ("{% if messages[0].role != 'system' %}{{ raise_exception('rules first') }}{% endif %}" + CHATML, (5,)),
+        ("{% if messages | length > 1 %}{{ raise_exception('one') }}{% endif %}" + CHATML, (5,)),  # one question alone
         ("{{ strftime_now('%d') }}{{ messages[1].content }}<end>", (5,)),
     ],
 )
@@ -108,7 +123,31 @@ def test_damaged_tokenizer_files_say_nothing_here(tmp_path, damage):
     assert dataclasses.astuple(vocabulary_of_folder(epath.Path(tmp_path)))[0] == {}
 
 
-def test_templates_by_name(tmp_path):
-    named = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert vocabulary_of_folder(epath.Path(tmp_path)).template == "b"
+@pytest.mark.parametrize(
+    ("named", "chosen"), [({"tool_use": "a", "default": "b"}, "b"), ({"chat": "a"}, "a"), ({"x": "a", "y": "b"}, None)]
+)
+def test_templates_by_name(tmp_path, named, chosen):
+    listed = [{"name": name, "template": template} for name, template in named.items()]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": listed}))
+    assert vocabulary_of_folder(epath.Path(tmp_path)).template == chosen
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config.json": {"added_tokens_decoder": {"1": {"content": "<|im_start|>"}}},
+         "tokenizer.json": {"added_tokens": [{"id": 2, "content": "<|im_end|>"}]}},
+        {"tokenizer.json": {"added_tokens": [], "model": {"vocab": {"a": 0, "<|im_end|>": 2}}}},
+        {"tokenizer.json": {"model": {"vocab": [["a", 0.0], ["b", -1.0], ["<|im_end|>", -2.0]]}}},
+        {"vocab.json": {"a": 0, "<|im_end|>": 2}},
+        {"added_tokens.json": {"<|im_end|>": 2}},
+        {"tokenizer_config.json": {"extra_special_tokens": {"turn": "<|im_end|>"}}, "vocab.json": {"<|im_end|>": 2}},
+        {"special_tokens_map.json": {"eos_token": {"content": "bye"}}, "vocab.json": {"bye": 2, "a": 0}},
+    ],
+)  # fmt: skip
+def test_special_tokens_are_found_wherever_files_list_them(tmp_path, files):
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    found = vocabulary_of_folder(epath.Path(tmp_path))
+    assert 2 in found.special.values() and "a" not in found.special
+    assert 2 in end_tokens([], found, 3, "m")

@@ -91,7 +91,9 @@ def with_tokens(writer, kinds=None, template=None):
 def test_a_turn_ends_with_what_its_text_says_where_no_key_does(tmp_path, tiny):
     """Files from before there was a key for the end of a turn."""
     path = tiny.write_gguf(tmp_path / "m.gguf", tiny.model(), change=with_tokens)
-    with pytest.warns(ModelWarning, match=r"file's keys </s> \(2\); the texts of its tokens <\|eot_id\|> \(5\) and"):
+    with pytest.warns(
+        ModelWarning, match=r"file's keys </s> \(2\); .*; the texts of its tokens <\|eot_id\|> \(5\) and"
+    ):
         assert inspect(path).stop_tokens == (2, 5, 4)
     assert declared_end_tokens(path) == (2,)
 
@@ -101,7 +103,7 @@ def test_a_turn_ends_with_what_the_template_says(tmp_path, tiny):
     kinds = [2, 3, 3, 1, 1, 1] + [1] * 90
     path = tiny.write_gguf(tmp_path / "m.gguf", tiny.model(), change=lambda w: with_tokens(w, kinds, template))
     with pytest.warns(ModelWarning, match="its chat template <unk>"):
-        assert inspect(path).stop_tokens[-1] == 0
+        assert inspect(path).stop_tokens[:2] == (2, 0)
 
 
 @pytest.mark.parametrize(("context", "theta", "said"), [(131072, 5e5, True), (32768, 5e5, True), (8192, 5e5, False),

@@ -24,12 +24,14 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "scaling", [None, Llama3Scaling(8.0, 1.0, 4.0, 64), (1.0, 2.0, 4.0)], ids=["plain", "llama3", "divisors"]
 )
-def test_round_trip(tmp_path, tiny, scaling):
+def test_round_trip(tmp_path, tiny, scaling, monkeypatch):
     model = tiny.model(rope=RopeConfig(5e5, scaling), qkv_bias=True, qk_norm=True)
     orbax.save(model, tmp_path / "m")
     assert resolve(tmp_path / "m").kind == "orbax"
     tiny.assert_same(load_model(tmp_path / "m", "float32", check_weights=True), model)
     assert inspect(tmp_path / "m") == model.config
+    monkeypatch.chdir(tmp_path)
+    tiny.assert_same(load_model("m", "float32"), model)  # by a relative path
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
