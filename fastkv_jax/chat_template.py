@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +15,15 @@ from fastkv_jax.errors import FastKVConfigError, InputError, ModelWarning
 MAX_TEMPLATE_CHARACTERS = 1_000_000
 """What a chat template may add to the messages. Templates come with the model; a loop in one can render gigabytes."""
 # transformers hands a template plain data alone, and its own clock. So the clock is written in front of the template:
-# what each code of strftime means at the moment given.
+# what each code of strftime means at the moment given. An expression ends it, after which Jinja keeps a line's end.
 _CLOCK = (
-    "{%- macro strftime_now(form) -%}{%- set told = namespace(text=form) -%}{%- for code in moment_codes -%}"
-    "{%- set told.text = told.text.replace(code[0], code[1]) -%}{%- endfor -%}{{ told.text }}{%- endmacro -%}"
+    "{%- macro strftime_now(format) -%}{%- for part in format.split('%%') -%}{%- set told = namespace(text=part) -%}"
+    "{%- for code in moment_codes -%}{%- set told.text = told.text.replace(code[0], code[1]) -%}{%- endfor -%}"
+    "{{ told.text if loop.first else '%' + told.text }}{%- endfor -%}{%- endmacro -%}{{ '' }}"
 )
+_CODE = re.compile(r"%[-_0^#]?\d{0,2}[EO]?[A-Za-z]")
 _CODES = [f"%{dash}{letter}" for dash in ("", "-") for letter in "aAbBcdDeFGHIjmMpRSTuUVwWxXyYf"]
+_MARK = "a rule that nobody would give: zq7vx"
 Messages = Sequence[Mapping[str, str]]
 
 
@@ -70,14 +74,23 @@ def render(tokenizer: Any, messages: Messages, rendering: Rendering = Rendering(
     """The text of a conversation, BOS included where the template writes one, with the beginning of an answer.
 
     `options` are `apply_chat_template`'s. Raises `InputError` if the template refuses the messages, fails, leaves a
-    system message out, or writes too much.
+    system message out, which another one in its place shows, or writes too much.
     """
+    rendered = _rendered(tokenizer, messages, rendering, options)
+    others = [{**message, "content": _MARK} if message["role"] == "system" else message for message in messages]
+    if others != list(messages) and _MARK not in _rendered(tokenizer, others, rendering, options).casefold():
+        raise InputError("the model's chat template leaves the system message out; put it into the prompt")
+    return rendered
+
+
+def _rendered(tokenizer: Any, messages: Messages, rendering: Rendering, options: Mapping[str, Any]) -> str:
     options = {"add_generation_prompt": True, **rendering.arguments, **options}
     try:
         template = tokenizer.get_chat_template()
         if "strftime_now" in template:
             moment = rendering.moment or datetime.now()
-            codes = [(code, moment.strftime(code)) for code in _CODES]
+            written = _CODE.findall(template + json.dumps(dict(rendering.arguments)))
+            codes = [(code, moment.strftime(code)) for code in dict.fromkeys([*_CODES, *written])]
             options |= {"chat_template": _CLOCK + template, "moment_codes": codes}
         rendered = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
     except Exception as error:  # a template is a program, and fails in any way that programs do
@@ -88,7 +101,6 @@ def render(tokenizer: Any, messages: Messages, rendering: Rendering = Rendering(
         raise InputError(
             f"the model's chat template adds {added} characters, more than {MAX_TEMPLATE_CHARACTERS}; use --raw"
         )
-    for message in messages:
-        if message["role"] == "system" and message["content"].strip() not in rendered:
-            raise InputError("the model's chat template leaves the system message out; put it into the prompt")
+    if any("\ud800" <= character <= "\udfff" for character in rendered):
+        raise InputError("the model's chat template writes half a surrogate pair, which is no text")
     return rendered

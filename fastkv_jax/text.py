@@ -21,6 +21,7 @@ from fastkv_jax.errors import CheckpointError, FastKVConfigError, InputError, Mo
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # a token that is one byte of a character
 _SPACES = ("▁", "Ġ")  # how tokenizers write a space
+_STARTS = ("\n", "\ue000")  # beginnings that hardly merge with what follows: of the second only its bytes are tokens
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class EncodedPrompt:
     token_ids: list[int]
     first: int
     end: int
+    trimmed: str | None = None  # white space that the template left out behind the words; None: it leaves none out
 
     @property
     def window_end(self) -> int:
@@ -54,7 +56,7 @@ class EncodedPrompt:
         front = {"left": 0, "right": room, "middle": (room + 1) // 2}[side]
         words = words[:front] + words[len(words) - (room - front) :]
         ids = self.token_ids[: self.first] + words + self.token_ids[self.end :]
-        return EncodedPrompt(ids, self.first, self.first + room)
+        return replace(self, token_ids=ids, end=self.first + room)
 
 
 def load_tokenizer(source: str | os.PathLike[str] | Resolved) -> Any:
@@ -108,9 +110,11 @@ def continue_with(tokenizer: Any, text: str, *, split_special_tokens: bool = Fal
 
     if not text or not _puts_a_space_before(tokenizer):
         return encode(text)
-    before = encode("\n")  # nothing merges with a newline here: it is a byte or a token of its own
-    both = encode("\n" + text)
-    return both[len(before) :] if both[: len(before)] == before else encode(text)
+    for start in _STARTS:
+        before, both = encode(start), encode(start + text)
+        if both[: len(before)] == before:
+            return both[len(before) :]
+    return encode(text)
 
 
 def _puts_a_space_before(tokenizer: Any) -> bool:
@@ -142,7 +146,8 @@ def encode_chat(
     rendered = render(tokenizer, _messages(prompt, system), rendering)
     if prompt.strip() not in rendered:
         warnings.warn("the model's chat template changes the words of the prompt", ModelWarning, stacklevel=2)
-    end = _question_end(tokenizer, rendered, prompt, system, rendering)
+    end, trims = _question_end(tokenizer, rendered, prompt, system, rendering)
+    trimmed = prompt[len(prompt.rstrip()) :] if trims else None
     first = next((end - len(text) for text in (prompt, prompt.strip()) if rendered[:end].endswith(text)), 0)
     text = rendered + (prefill or "")
 
@@ -153,10 +158,12 @@ def encode_chat(
     if split_special_tokens:
         head = encode(text[:first])["input_ids"]
         words = continue_with(tokenizer, text[first:end], split_special_tokens=True)
-        return EncodedPrompt([*head, *words, *continue_with(tokenizer, text[end:])], len(head), len(head) + len(words))
+        ids = [*head, *words, *continue_with(tokenizer, text[end:])]
+        return EncodedPrompt(ids, len(head), len(head) + len(words), trimmed)
     encoded = encode(text)
     starts = [start for start, _ in encoded["offset_mapping"]]
-    return EncodedPrompt(list(encoded["input_ids"]), sum(s < first for s in starts), sum(s < end for s in starts))
+    first, end = (sum(s < place for s in starts) for place in (first, end))
+    return EncodedPrompt(list(encoded["input_ids"]), first, end, trimmed)
 
 
 def decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -297,19 +304,24 @@ def _messages(prompt: str, system: str | None) -> list[dict[str, str]]:
     return [*first, {"role": "user", "content": prompt}]
 
 
-def _question_end(tokenizer: Any, rendered: str, prompt: str, system: str | None, rendering: Rendering) -> int:
-    """Where the user's question ends in the rendered text.
+def _question_end(
+    tokenizer: Any, rendered: str, prompt: str, system: str | None, rendering: Rendering
+) -> tuple[int, bool]:
+    """Where the user's question ends in the rendered text, and whether the template leaves out white space around it.
 
     Everything after it comes from the template, so it is found by rendering another question and comparing the ends.
     """
     marker = "question"
     while marker in prompt or marker in (tokenizer.chat_template or "") or marker in (system or ""):
         marker += "Z"
-    other = render(tokenizer, _messages(marker, system), rendering)
-    tail = other[other.rfind(marker) + len(marker) :] if marker in other else None
+    spaced = f"{marker} \n"
+    other = render(tokenizer, _messages(spaced, system), rendering)
+    trims = spaced not in other
+    words = marker if trims else spaced
+    tail = other[other.rfind(words) + len(words) :] if words in other else None
     if tail is not None and rendered.endswith(tail):
-        return len(rendered) - len(tail)
+        return len(rendered) - len(tail), trims
     for content in (prompt, prompt.strip()):  # the tail depends on the question
         if content in rendered:
-            return rendered.rindex(content) + len(content)
-    return len(rendered)
+            return rendered.rindex(content) + len(content), trims
+    return len(rendered), trims

@@ -26,6 +26,17 @@ def test_the_clock_is_that_of_strftime():
     assert render(tokenizer, QUESTION, Rendering(moment)) == moment.strftime(form) + " hello"
 
 
+@pytest.mark.parametrize("call", ["strftime_now('FORM')", "strftime_now(format='FORM')", "strftime_now(form)"])
+def test_every_code_of_strftime_is_known_however_it_is_given(call):
+    moment = datetime(2026, 2, 3, 4, 5, 6)
+    form = "%_d %^b %^B %0d %#d %k %l %P %h %C %g %r %s %Od %OI %Ey %10Y %e %% %%d %d%% %n|"
+    template = "{{ " + call.replace("FORM", form) + " }}"
+    tokenizer = small_tokenizer("\n  " + template + "\n{{ messages[0].content }}")
+    rendering = Rendering(moment, {"form": form})
+    plain = small_tokenizer("\n  NOW\n{{ messages[0].content }}")  # the clock leaves the template's own spaces alone
+    assert render(tokenizer, QUESTION, rendering) == render(plain, QUESTION).replace("NOW", moment.strftime(form))
+
+
 def test_one_question_is_rendered_at_one_moment():
     """A template that writes the time must not write two times while its tail is looked for."""
     tokenizer = small_tokenizer(CHATML + "{{ strftime_now('%f') }}")
@@ -81,10 +92,11 @@ def test_dates():
         "{{ strftime_now(3) }}",
         "{{ raise_exception('') }}",
         "{{ nothing() }}",
+        "{{ '\\ud800' }}",
     ],
 )
 def test_every_failure_of_a_template_is_one_line(template):
-    with pytest.raises(InputError, match="the model's chat template failed") as error:
+    with pytest.raises(InputError, match="the model's chat template (failed|writes half)") as error:
         render(small_tokenizer(template), QUESTION)
     assert "\n" not in str(error.value)
 
@@ -94,6 +106,14 @@ def test_a_system_message_that_would_be_dropped_is_refused():
     assert encode_chat(small_tokenizer(template), "hello").token_ids
     with pytest.raises(InputError, match="leaves the system message out"):
         encode_chat(small_tokenizer(template), "hello", "be brief")
+
+
+def test_a_system_message_counts_as_left_out_whatever_else_the_template_says():
+    template = "You are brief.{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(InputError, match="leaves the system message out"):
+        encode_chat(small_tokenizer(template), "hello", "You are")
+    template = "{% for m in messages %}{{ m.content | upper if m.role == 'system' else m.content }}{% endfor %}"
+    assert encode_chat(small_tokenizer(template), "hello", "be brief").token_ids
 
 
 def test_words_that_a_template_changes_are_said():

@@ -66,6 +66,7 @@ class Encoded:
     window_end: int
     cut: int
     tail: int = 0  # tokens of template after the user's words
+    trimmed: str | None = None  # as of `EncodedPrompt`
 
 
 def encode(tokenizer: Any, request: Request, config: LlamaConfig, options: PromptOptions) -> Encoded:
@@ -94,7 +95,8 @@ def encode(tokenizer: Any, request: Request, config: LlamaConfig, options: Promp
     check_lengths(np.array([len(encoded.token_ids)]), config, options.max_new_tokens)
     window_end = encoded.window_end if options.window_at_question else 0
     ids, tail = encoded.token_ids, encoded.window_end
-    return Encoded(ids, min(window_end, len(ids) - 1), length - len(ids), min(tail, len(ids) - 1))
+    cut, tail = length - len(ids), min(tail, len(ids) - 1)
+    return Encoded(ids, min(window_end, len(ids) - 1), cut, tail, encoded.trimmed)
 
 
 @dataclass(frozen=True)

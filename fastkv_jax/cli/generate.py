@@ -138,14 +138,19 @@ def check(options: argparse.Namespace) -> None:
         check_target(options.save_cache)
         if options.prefill is not None or options.load_cache is not None:
             raise FastKVConfigError("--save-cache has no place for --prefill or --load-cache")
-    if options.load_cache is not None and (given := settings.given(options)):
-        flag = next(iter(given)).replace("_", "-")
-        raise FastKVConfigError(f"--load-cache brings its own settings; --{flag} has no place beside it")
-    if options.load_cache is not None and options.prefill_chunk is not None:
-        raise FastKVConfigError("--load-cache has no place for --prefill-chunk: the cache stands before the prompt")
-    if options.load_cache is not None and options.truncate is not None:
-        raise FastKVConfigError("--load-cache has no place for --truncate")
+    if options.load_cache is not None:
+        _check_beside_a_cache(options)
     settings.check(options)
+
+
+def _check_beside_a_cache(options: argparse.Namespace) -> None:
+    """What belongs to the reading of a document is in its file; nothing given beside it is dropped in silence."""
+    flags = ("preset", "chat_template_args", "date", "prefill_chunk", "truncate")
+    given = [name for name in flags if getattr(options, name) not in (None, False)]
+    given += [*settings.given(options), *(["method"] if options.method != "fastkv" else [])]
+    if given:
+        flag = given[0].replace("_", "-")
+        raise FastKVConfigError(f"--load-cache brings its document's own settings; --{flag} has no place beside it")
 
 
 def _check_output(path: Path, overwrite: bool) -> None:
@@ -185,6 +190,9 @@ def _generate(options: argparse.Namespace, requests: list[prompts.Request], plat
             ModelWarning,
             stacklevel=1,
         )
+    if saved is not None and (options.raw if saved.tail else options.chat):
+        how = "with" if saved.tail else "without"
+        raise InputError(f"{saved.path} was read {how} a chat template, and its questions are too; leave the flag out")
     chat = _use_chat(options, text.has_chat_template(tokenizer), requests)
     rendering.check(tokenizer)
     jobs = list(_encode_all(options, requests, tokenizer, config, preset, rendering if chat else None, saved))

@@ -346,6 +346,8 @@ def test_a_compressed_document_is_saved_smaller(run):
         sizes.append(Path("d.kv").stat().st_size)
     assert sizes[1] < 0.7 * sizes[0]
     assert run("--load-cache", "d.kv", "--prompt", "Who?", "--quiet")[0] == 0
+    code, out, err = run("--load-cache", "d.kv", "--prompt", "Who?", "--raw")
+    assert (code, out) == (2, "") and "was read with a chat template" in err
 
 
 def test_what_was_kept_can_be_seen(run):
@@ -364,6 +366,12 @@ def test_what_was_kept_can_be_seen(run):
         (["--save-cache", "a", "--prefill", "x"], "no place for"),
         (["--load-cache", "a"], "a: no such cache file"),
         (["--load-cache", "a", "--kernel-size", "5"], "--kernel-size has no place beside it"),
+        (["--load-cache", "a", "--chat-template-args", "{}"], "--chat-template-args has no place beside it"),
+        (["--load-cache", "a", "--date", "2024-02-29"], "--date has no place beside it"),
+        (["--load-cache", "a", "--method", "snapkv"], "--method has no place beside it"),
+        (["--load-cache", "a", "--preset", "paper"], "--preset has no place beside it"),
+        (["--load-cache", "a", "--truncate", "left"], "--truncate has no place beside it"),
+        (["--load-cache", "a", "--prefill-chunk", "64"], "--prefill-chunk has no place beside it"),
         (["--load-cache", "stdin"], "not a valid safetensors file"),
         (["-n", "0"], "max_new_tokens must be >= 1"),
     ],
