@@ -46,6 +46,7 @@ SETTINGS = {
     "--min-p 2": "min_p must be in [0, 1], got 2.0",
     "--max-new-tokens 0": "max_new_tokens must be >= 1, got 0",
     "--seed -1": "seed must be in 0 ... 2**32 - 1, got -1",
+    "--seed 4294967296": "seed must be in 0 ... 2**32 - 1, got 4294967296",
     "--stop=": "a stop string must not be empty",
     "--stream-interval 0": "stream_interval must be >= 1, got 0",
     "--max-seq-len 1": "max_seq_len must be >= 2, got 1",
