@@ -176,6 +176,26 @@ def test_a_model_without_chat_template_refuses_chat(fails, tmp_path, smollm2_pat
     assert code == BAD_MODEL and line == "the tokenizer has 49152 ids, the model's embedding only 96 rows"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("scripts/generate.py", "--prompt", "hi"),
+        ("scripts/convert_checkpoint.py", "{model}", "{out}"),
+        ("scripts/compare_methods.py", "--model", "{model}"),
+        ("-m", "fastkv_jax", "lm_eval", "--model", "fastkv_jax", "--model_args", "model={model}", "--tasks", "x"),
+    ],
+)
+def test_jax_platforms_that_are_missing_are_one_line(words, tiny_model, tmp_path):
+    """Some plugins are only missed when the first array is made, deep inside the command."""
+    command = [word.format(model=tiny_model, out=tmp_path / "out") for word in words]
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
+        env={**os.environ, "JAX_PLATFORMS": "cuda"},
+    )  # fmt: skip
+    assert done.returncode == DEVICE and done.stdout == "" and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: no CUDA device visible to JAX")
+
+
 @pytest.mark.parametrize("platform", ("gpu", "tpu"))
 def test_a_platform_that_is_missing_is_never_replaced_by_the_cpu(platform):
     script = Path(__file__).parent.parent.parent / "scripts" / "generate.py"
