@@ -15,6 +15,8 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
 )
 
+_SCALES = ("factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "attention_factor")
+
 
 @dataclass(frozen=True)
 class Llama3Scaling:
@@ -105,6 +107,7 @@ def from_hugging_face(
     bias = _boolean(config, "attention_bias", source, default=False)
     vocabulary = _integer(config, "vocab_size", source)
     generation = generation or {}
+    pads = token_ids(generation, "pad_token_id", source) or token_ids(config, "pad_token_id", source)
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -122,9 +125,7 @@ def from_hugging_face(
         qk_norm=architecture == "Qwen3ForCausalLM",
         sliding_window=_sliding_window(config, architecture, layers, source),
         stop_tokens=token_ids(generation, "eos_token_id", source) or token_ids(config, "eos_token_id", source),
-        pad_token=next(
-            iter(token_ids(generation, "pad_token_id", source) or token_ids(config, "pad_token_id", source)), None
-        ),
+        pad_token=next((token for token in pads if 0 <= token < vocabulary), None),
     )
 
 
@@ -167,11 +168,9 @@ def _rope(config: Mapping[str, Any], source: str) -> RopeConfig:
     for owner in (rope, config):
         if owner.get("partial_rotary_factor", 1.0) != 1.0:
             raise CheckpointError(f"{source}: partial_rotary_factor {owner['partial_rotary_factor']} is not supported")
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = _rope_type(rope, field, source)
     if kind == "default":
         return RopeConfig(theta, None)
-    if kind != "llama3":
-        raise CheckpointError(f"{source}: unsupported rope_type {kind!r} in {field}; supported: 'default', 'llama3'")
     scaling = Llama3Scaling(
         factor=_number(rope, "factor", source),
         low_freq_factor=_number(rope, "low_freq_factor", source),
@@ -182,6 +181,25 @@ def _rope(config: Mapping[str, Any], source: str) -> RopeConfig:
     if low >= high:
         raise CheckpointError(f"{source}: low_freq_factor ({low}) must be below high_freq_factor ({high})")
     return RopeConfig(theta, scaling)
+
+
+def _rope_type(rope: Mapping[str, Any], field: str, source: str) -> str:
+    """ "default" or "llama3", under either spelling; a scale of no type, or beside none, is not guessed at."""
+    types = {name: rope[name] for name in ("rope_type", "type") if name in rope}
+    kind = next(iter(types.values()), "default")
+    if any(other != kind for other in types.values()):
+        raise CheckpointError(f"{source}: {field} names two types: {types}; keep one")
+    if kind not in ("default", "llama3"):
+        raise CheckpointError(f"{source}: unsupported rope_type {kind!r} in {field}; supported: 'default', 'llama3'")
+    if layered := [name for name, value in rope.items() if isinstance(value, Mapping)]:
+        raise CheckpointError(f"{source}: {field} of its own for {layered[0]} layers is not supported")
+    scale = [name for name in _SCALES if rope.get(name) not in (None, 1.0)]
+    if kind == "default" and scale:
+        without = f"rope_type {kind!r}" if types else "no rope_type"
+        raise CheckpointError(
+            f"{source}: {field} has {scale[0]} {rope[scale[0]]!r} but {without}; supported: 'default', 'llama3'"
+        )
+    return kind
 
 
 def token_ids(config: Mapping[str, Any], field: str, source: str) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import fastkv_jax as fk
 from fastkv_jax import files, presets, text
-from fastkv_jax.errors import InputError
+from fastkv_jax.cli import common
 from fastkv_jax.evals import needles
 from fastkv_jax.evals.compare import Question, Row, compare, methods_at
 from fastkv_jax.evals.documents import document
@@ -71,8 +71,8 @@ def render(rows: list[Row]) -> str:
 
 
 def main() -> int:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the command; returns the exit code."""
+    parser = common.Parser(prog="compare_methods.py", description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--count", type=int, default=16, help="needles of each of the two kinds, >= 1")
     parser.add_argument("--texts", type=int, default=4, help="texts for the perplexity, of 2,048 tokens")
@@ -81,12 +81,16 @@ def main() -> int:
     parser.add_argument("--kv-dtypes", default="", help="also full context and the preset with caches of int8, ...")
     parser.add_argument("--haystack", type=Path, metavar="FOLDER")
     parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+    common.add_run_flags(parser)
+    return common.run(_compare, parser.parse(None))
+
+
+def _compare(options: argparse.Namespace) -> int:
+    """Print the table."""
     if options.output is not None:
-        try:
-            files.check_target(options.output)
-        except InputError as error:
-            parser.error(str(error))
+        files.check_target(options.output)
+    common.choose_platform(options)
+    common.use_compile_cache(options)
     model, tokenizer = fk.load_model(options.model, dtype=options.dtype), fk.load_tokenizer(options.model)
     layers = model.config.num_layers
     rows = [Row("full@100 %", fk.FullKV())]
@@ -108,8 +112,8 @@ def main() -> int:
 
         compare(model, rows, asked, pieces, 2048, report)
     sys.stdout.write(render(rows))
-    return 0
+    return common.OK
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.leave(main())

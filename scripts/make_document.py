@@ -3,15 +3,21 @@
 import argparse
 import sys
 
+from fastkv_jax.errors import FastKVConfigError
 from fastkv_jax.evals.documents import document
+from fastkv_jax.seeds import check_seed
 
 
 def main() -> int:
     """Print the document."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--words", type=int, default=2500)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="0 to 2**32 - 1")
     options = parser.parse_args()
+    try:
+        check_seed(options.seed)
+    except FastKVConfigError as error:
+        parser.error(str(error))
     sys.stdout.write(document(options.words, options.seed))
     return 0
 

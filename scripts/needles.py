@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+from fastkv_jax.errors import FastKVConfigError
 from fastkv_jax.evals import needles
 
 
@@ -24,7 +25,7 @@ def main() -> int:
     maker.add_argument("--count", type=int, default=32)
     maker.add_argument("--shortest", type=int, default=1500, metavar="TOKENS")
     maker.add_argument("--longest", type=int, default=3500, metavar="TOKENS")
-    maker.add_argument("--seed", type=int, default=0)
+    maker.add_argument("--seed", type=int, default=0, help="0 to 2**32 - 1")
     maker.add_argument(
         "--keys", type=int, default=1, help="numbers hidden in each text, one of them asked for, 1 to 14"
     )
@@ -35,7 +36,11 @@ def main() -> int:
     options = parser.parse_args()
     if options.command == "make":
         o = options
-        for row in needles.make(o.count, o.shortest, o.longest, o.seed, o.haystack, o.keys):
+        try:
+            rows = needles.make(o.count, o.shortest, o.longest, o.seed, o.haystack, o.keys)
+        except FastKVConfigError as error:
+            parser.error(str(error))
+        for row in rows:
             sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
     else:
         result = needles.score(options.needles, options.answers)

@@ -67,6 +67,11 @@ def test_both_spellings_of_transformers_mean_the_same():
         ({"rope_theta": 5e5}, RopeConfig(5e5, None)),
         ({"rope_scaling": None, "rope_parameters": None}, RopeConfig(10000.0, None)),
         ({"rope_scaling": {"type": "default"}, "rope_theta": 7}, RopeConfig(7.0, None)),
+        ({"rope_scaling": {"factor": 1.0}}, RopeConfig(10000.0, None)),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "type": "llama3"} | LLAMA3},
+            RopeConfig(10000.0, Llama3Scaling(8.0, 1.0, 4.0, 8192)),
+        ),
         ({"rope_parameters": {"rope_theta": 7, "rope_type": "default"}}, RopeConfig(7.0, None)),
         ({"rope_parameters": {"rope_theta": 7, "rope_type": "default"}, "rope_theta": 9}, RopeConfig(7.0, None)),
         ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 9}, RopeConfig(9.0, None)),
@@ -220,6 +225,13 @@ def test_the_ramp_of_llama3_must_rise(low, high):
 
 
 def test_other_oddities_of_the_rotary_embedding():
+    refused("rope_scaling has factor 4.0 but no rope_type", rope_scaling={"factor": 4.0})
+    refused("rope_parameters has short_factor [1.5] but no", rope_parameters={"rope_theta": 7, "short_factor": [1.5]})
+    refused("rope_scaling has factor 4.0 but rope_type 'default'", rope_scaling={"type": "default", "factor": 4.0})
+    refused("rope_scaling names two types: {'rope_type': 'llama3', 'type': 'linear'}",
+            rope_scaling={"rope_type": "llama3", "type": "linear"} | LLAMA3)  # fmt: skip
+    refused("rope_parameters of its own for full_attention layers is not supported",
+            rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 5e5}})  # fmt: skip
     refused("both present", rope_scaling={"type": "default"}, rope_parameters={"rope_type": "default"})
     refused("rope_scaling must be an object, found 'llama3'", rope_scaling="llama3")
     refused("rope_parameters must be an object, found [1]", rope_parameters=[1])

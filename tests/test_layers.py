@@ -29,6 +29,7 @@ LEVEL_1 = {
     "json_lines",
     "ops",
     "chat_template",
+    "seeds",
 }
 MIDDLE = LEVEL_1 | {"cache", "methods", "model", "sampling", "kernels_pallas"}
 MAY_IMPORT = {

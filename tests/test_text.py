@@ -306,13 +306,27 @@ def test_stops_that_are_special_tokens_become_tokens():
     [
         ({"pre": "mystery"}, "tokenizer.ggml.pre 'mystery'"),
         ({"merges": ("a ☃",)}, "merges do not fit"),
-        ({"change": lambda w: w.add_bos_token_id(999)}, "bos_token_id 999"),
         ({"extra": ["ab"]}, "duplicates"),
     ],
 )
 def test_bad_gguf_tokenizers(tmp_path, arguments, words):
     with pytest.raises(CheckpointError, match=words):
         text.load_tokenizer(byte_level(tmp_path / "m.gguf", **arguments))
+
+
+def test_special_tokens_of_a_gguf_outside_its_vocabulary_are_not_used(tmp_path):
+    def change(writer):
+        writer.add_bos_token_id(259)
+        writer.add_eos_token_id(999)
+        writer.add_pad_token_id(2**32 - 1)
+
+    with pytest.warns(ModelWarning) as told:
+        tokenizer = text.load_tokenizer(byte_level(tmp_path / "m.gguf", change))
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", None, None)
+    assert [str(one.message).removeprefix(f"{tmp_path / 'm.gguf'}: ") for one in told] == [
+        "end token 999 is outside the 261 tokens; not used",  # as the model says it, so that it is said once
+        f"padding token {2**32 - 1} is outside the 261 tokens; not used",
+    ]
 
 
 def sentencepiece(path, change=lambda writer: None):

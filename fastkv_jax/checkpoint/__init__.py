@@ -196,6 +196,11 @@ def _resolve_folder(path: epath.Path) -> Resolved:
 
 
 def _resolve_file(path: epath.Path) -> Resolved:
+    if piece := gguf_file.PIECE.fullmatch(path.name):
+        raise CheckpointError(
+            f"{path} is a piece of {piece['whole']}, cut in the middle of its bytes; join all pieces first, in order:"
+            f" cat {piece['whole']}{path.name[piece.end('whole')]}* > {piece['whole']}"
+        )
     with path.open("rb") as stream:
         magic = stream.read(4)
     if path.suffix == ".gguf" or magic == b"GGUF":

@@ -156,7 +156,7 @@ def _config(file: GGUFFile) -> LlamaConfig:
         qk_norm=has(tensor_name("q_norm", 0)),
         sliding_window=meta.integer("attention.sliding_window") if meta.optional("attention.sliding_window") else None,
         stop_tokens=_token_ids(file, _STOP_KEYS),
-        pad_token=(_token_ids(file, ("padding_token_id",)) or (None,))[0],
+        pad_token=next((i for i in _token_ids(file, ("padding_token_id",)) if 0 <= i < embedding.shape[0]), None),
     )
 
 
@@ -171,9 +171,7 @@ def _head_dim(meta: "_Metadata", hidden: int, heads: int) -> int:
 
 
 def _rope(meta: "_Metadata", head_dim: int) -> RopeConfig:
-    kind = meta.optional("rope.scaling.type") or "none"
-    if kind != "none" or meta.optional("rope.scale_linear") not in (None, 1.0):
-        raise CheckpointError(f"{meta.file.path}: unsupported rope.scaling.type {kind!r}; supported: 'none'")
+    _check_scaling(meta)
     theta = meta.number("rope.freq_base", 10000.0)
     tensor = meta.file.tensors.get(ROPE_DIVISORS)
     if tensor is None:
@@ -184,6 +182,18 @@ def _rope(meta: "_Metadata", head_dim: int) -> RopeConfig:
     if not all(0 < value < float("inf") for value in divisors):
         raise CheckpointError(f"{meta.file.path}: {ROPE_DIVISORS} must hold positive numbers")
     return RopeConfig(theta, divisors)
+
+
+def _check_scaling(meta: "_Metadata") -> None:
+    """Only positions as they are; without a type a factor is that of linear scaling, as in llama.cpp."""
+    kind, path = meta.optional("rope.scaling.type"), meta.file.path
+    if kind not in (None, "none", "linear"):
+        raise CheckpointError(f"{path}: unsupported rope.scaling.type {kind!r}; supported: 'none'")
+    for key in ("rope.scaling.factor", "rope.scale_linear", "rope.scaling.attn_factor"):
+        factor = meta.optional(key)
+        if factor is not None and (type(factor) not in (int, float) or factor not in (0, 1)):  # 0 is none, too
+            beside = "" if kind is None else f" beside rope.scaling.type {kind!r}"
+            raise CheckpointError(f"{path}: unsupported {key} {factor!r}{beside}; supported: 1, positions as they are")
 
 
 def _token_ids(file: GGUFFile, keys: tuple[str, ...]) -> tuple[int, ...]:

@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastkv_jax.checkpoint.assemble import listed
+from fastkv_jax.checkpoint.gguf_keys import check_types
 from fastkv_jax.errors import CheckpointError
 
 if TYPE_CHECKING:
     from gguf.constants import GGMLQuantizationType
 
 PART = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+PIECE = re.compile(r"(?P<whole>.+\.gguf)[-._](split|part|chunk)?[-._]?([a-z]{1,2}|\d{1,4})([-_]?of[-_]?\d+)?", re.I)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 MAX_DIMENSIONS = 4
@@ -126,9 +128,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     if data[:4] != b"GGUF":
         raise CheckpointError(f"{path} is not a GGUF file (it starts with {data[:4]!r}, not b'GGUF')")
     try:
-        return _Cursor(path, data).header()
+        metadata, tensors = _Cursor(path, data).header()
     except (struct.error, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is truncated or corrupt: its header cannot be read ({error})") from None
+    check_types(metadata, path)
+    return metadata, tensors
 
 
 class _Cursor:

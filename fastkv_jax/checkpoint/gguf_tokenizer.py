@@ -43,6 +43,12 @@ _SAME_PATTERNS = {
 _NORMALISED = ("qwen2", "deepseek-r1-qwen")  # to NFC
 # Here a word that is a token is not built from merges; llama.cpp also gives these a BOS unless told otherwise.
 _WHOLE_WORDS_FIRST = (*_LLAMA_3, "tekken")
+_ROLES = {
+    "bos_token": ("bos", "start"),
+    "eos_token": ("eos", "end"),
+    "pad_token": ("padding", "padding"),
+    "unk_token": ("unknown", "unknown"),
+}
 # Vocabularies that a few tokens at their places give away, for files that do not name their pre-tokenizer.
 _KNOWN_BY = (
     ("llama-bpe", {128_000: "<|begin_of_text|>"}),
@@ -72,7 +78,7 @@ def read_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, str]]:
     names = _named(meta, tokens, path)
     starts = kind == "llama" or pre in _WHOLE_WORDS_FIRST
     _frame(tokenizer, meta, names, starts)
-    if isinstance(template := meta.get("tokenizer.chat_template"), str):
+    if (template := meta.get("tokenizer.chat_template")) is not None:
         names["chat_template"] = template
     return tokenizer, names
 
@@ -108,11 +114,12 @@ def _byte_level(meta: Mapping[str, Any], pre: Any, tokens: list[str], path: Path
 
 def _sentencepiece(meta: Mapping[str, Any], tokens: list[str], path: Path) -> Tokenizer:
     scores = meta.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
+    if scores is None or len(scores) != len(tokens):
         raise CheckpointError(f"{path}: tokenizer.ggml.scores must hold one number for each of {len(tokens)} tokens")
     unknown = meta.get("tokenizer.ggml.unknown_token_id", 0)
     merges = _merges_from_scores(tokens, scores)
-    options = {"unk_token": tokens[unknown] if unknown < len(tokens) else None, "fuse_unk": True, "byte_fallback": True}
+    spare = tokens[unknown] if 0 <= unknown < len(tokens) else None
+    options = {"unk_token": spare, "fuse_unk": True, "byte_fallback": True}
     tokenizer = Tokenizer(_bpe(tokens, merges, path, **options))
     spaced = meta.get("tokenizer.ggml.add_space_prefix", True)
     prefix = [normalizers.Prepend(_SPACE)] if spaced else []
@@ -159,13 +166,15 @@ def _add_special(tokenizer: Tokenizer, meta: Mapping[str, Any], tokens: list[str
 
 def _named(meta: Mapping[str, Any], tokens: list[str], path: Path) -> dict[str, str]:
     names = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+    for name, (key, words) in _ROLES.items():
         number = meta.get(f"tokenizer.ggml.{key}_token_id")
         if number is None:
             continue
-        if type(number) is not int or number >= len(tokens):
-            raise CheckpointError(f"{path}: {key}_token_id {number!r} is outside the {len(tokens)} tokens")
-        names[f"{name}_token"] = tokens[number]
+        if 0 <= number < len(tokens):
+            names[name] = tokens[number]
+        else:
+            told = f"{path}: {words} token {number} is outside the {len(tokens):,} tokens; not used"
+            warnings.warn(told, ModelWarning, stacklevel=4)
     return names
 
 
@@ -183,6 +192,6 @@ def _frame(tokenizer: Tokenizer, meta: Mapping[str, Any], names: Mapping[str, st
 
 def _strings(meta: Mapping[str, Any], key: str, path: Path) -> list[str]:
     value = meta.get(f"tokenizer.ggml.{key}")
-    if not isinstance(value, list) or not value or not all(isinstance(entry, str) for entry in value):
+    if not value:
         raise CheckpointError(f"{path}: tokenizer.ggml.{key} must be a list of strings; found no usable tokenizer")
     return value

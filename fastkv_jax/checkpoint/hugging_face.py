@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from fastkv_jax.checkpoint.assemble import assemble, check_finite, listed
 from fastkv_jax.checkpoint.check import check_tensors
 from fastkv_jax.checkpoint.end_tokens import Claim
+from fastkv_jax.checkpoint.other_weights import doubt_others
 from fastkv_jax.checkpoint.safetensors_files import Tensor, find_tensors, open_tensors, parse_json
 from fastkv_jax.config import LlamaConfig, from_hugging_face, token_ids
 from fastkv_jax.errors import CheckpointError, ModelWarning
@@ -56,6 +57,7 @@ def inspect(folder: Path) -> LlamaConfig:
         source=str(folder / "config.json"),
     )
     tensors = find_tensors(folder)
+    doubt_others(folder, tensors)
     ignored = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings and NAMES["lm_head"] in tensors:
         config, dropped = _believe_the_head(folder, config, tensors)
@@ -110,7 +112,10 @@ def _same_values(first: Tensor, first_name: str, second: Tensor, second_name: st
         read = open_tensors((first, second), stack)
         one, other = read(first, first_name), read(second, second_name)
         rows = [slice(at, at + _ROWS) for at in range(0, len(one), _ROWS)]
-        return all(np.array_equal(one[some].astype(np.float32), other[some].astype(np.float32)) for some in rows)
+        return all(
+            np.array_equal(one[some].astype(np.float32), other[some].astype(np.float32), equal_nan=True)
+            for some in rows
+        )
 
 
 def _check_dtypes(tensors: dict[str, Tensor], folder: Path) -> None:

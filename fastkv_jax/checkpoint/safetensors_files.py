@@ -19,6 +19,7 @@ from fastkv_jax.checkpoint.assemble import listed
 from fastkv_jax.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_model"  # how names begin of what is to be added to a model's weights
 MAX_HEADER_BYTES = 100_000_000
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _BITS = {
@@ -51,7 +52,10 @@ def find_tensors(folder: Path) -> dict[str, Tensor]:
         _check_alone(folder, names, SINGLE, {SINGLE})
         _check_inside(folder, SINGLE)
         return read_header(folder / SINGLE)
-    loose = [name for name in names if name.endswith(".safetensors")]
+    files = [name for name in names if name.endswith(".safetensors")]
+    loose = [name for name in files if not name.startswith(ADAPTER)]
+    if files and not loose:
+        raise CheckpointError(f"{folder}: only an adapter ({listed(files)}), no model; merge it into its model first")
     if len(loose) == 1:
         _check_inside(folder, loose[0])
         return read_header(folder / loose[0])

@@ -21,6 +21,7 @@ from fastkv_jax.cli import common
 from fastkv_jax.cli.prompts import read_text
 from fastkv_jax.errors import FastKVConfigError, InputError
 from fastkv_jax.json_lines import values
+from fastkv_jax.seeds import check_seed
 
 MOST_INTEGERS = 1000  # in one flag
 
@@ -34,7 +35,7 @@ def parser() -> common.Parser:
     group.add_argument("--count", type=int, metavar="N", help="without --input: hidden numbers, >= 1 (default: 16)")
     group.add_argument("--tokens", type=lengths, metavar="N|A-B", help="length of their texts (default: 2048)")
     group.add_argument("--haystack", type=Path, metavar="FOLDER", help="the .txt files to hide them in")
-    group.add_argument("--seed", type=int, metavar="N", help="of the numbers and texts, >= 0 (default: 0)")
+    group.add_argument("--seed", type=int, metavar="N", help="of the numbers and texts, 0 to 2**32 - 1 (default: 0)")
     group.add_argument("--max-new-tokens", type=int, default=24, metavar="N", help="decoded, >= 1 (default: 24)")
     group = parser.add_argument_group("what to try (lists of integers: 8,16,32 or 8-20)")
     group.add_argument("--layers", type=integers, metavar="LIST", help="TSP layers (default: the middle half)")
@@ -97,10 +98,11 @@ def _check(options: argparse.Namespace) -> None:
         name = getattr(options, flag)
         if name is not None and check_path(name, suffix).exists() and not options.overwrite:
             raise InputError(f"--{flag} {name} exists; give --overwrite to replace it")
-    for flag, least in (("count", 1), ("seed", 0), ("finalists", 1), ("max_new_tokens", 1)):
+    for flag, least in (("count", 1), ("finalists", 1), ("max_new_tokens", 1)):
         value = getattr(options, flag)
         if value is not None and value < least:
             raise FastKVConfigError(f"{flag} must be >= {least}, got {value}")
+    check_seed(options.seed or 0)
     if not 0 <= options.tolerance < math.inf:
         raise FastKVConfigError(f"tolerance must be >= 0, got {options.tolerance}")
     for window in options.windows:

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
-from fastkv_jax.errors import Terminated
+from fastkv_jax.errors import BackendError, CheckpointError, FastKVConfigError, InputError, Terminated
 
 OK, FAILED, USAGE, BAD_MODEL, DEVICE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 130, 143
+EXIT_CODES = {FastKVConfigError: USAGE, InputError: USAGE, CheckpointError: BAD_MODEL, BackendError: DEVICE}
 DEFAULT_MODEL = "smollm2-135m"
 NAMES = {"cpu": ("cpu",), "gpu": ("cuda", "gpu", "rocm"), "tpu": ("tpu",)}  # JAX's, the first by default
 
@@ -125,8 +126,6 @@ def add_device_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
 
 def choose_platform(options: argparse.Namespace) -> str:
     """Set JAX up for the platform asked for; returns the one in use, cpu, gpu or tpu, or raises `BackendError`."""
-    from fastkv_jax.errors import BackendError, FastKVConfigError
-
     wanted, present = options.platform, os.environ.get("JAX_PLATFORMS", "")
     platforms = _platforms(wanted, present)
     if options.mem_fraction is not None:
@@ -141,15 +140,22 @@ def choose_platform(options: argparse.Namespace) -> str:
         jax.config.update("jax_platforms", platforms)  # jax may have been imported before us
     if options.verbose:
         jax.config.update("jax_log_compiles", True)
-    try:
-        with _silent() if options.quiet else contextlib.nullcontext():
-            name = jax.devices()[0].platform
-    except (RuntimeError, AssertionError) as error:  # what JAX raises depends on the plugin that is missing
-        raise BackendError(_no_device(wanted, present, error)) from error
-    found = "gpu" if name in NAMES["gpu"] else name
+    found = present_platform(wanted, quiet=options.quiet)
     if wanted not in ("auto", found):
         raise BackendError(f"--platform {wanted}, but JAX found only {found}")
     return found
+
+
+def present_platform(wanted: str = "auto", *, quiet: bool = False) -> str:
+    """The one that JAX finds: cpu, gpu or tpu; raises `BackendError` if there is none of those it was told to use."""
+    import jax
+
+    try:
+        with _silent() if quiet else contextlib.nullcontext():
+            name = jax.devices()[0].platform
+    except (RuntimeError, AssertionError) as error:  # what JAX raises depends on the plugin that is missing
+        raise BackendError(_no_device(wanted, os.environ.get("JAX_PLATFORMS", ""), error)) from error
+    return "gpu" if name in NAMES["gpu"] else name
 
 
 @contextlib.contextmanager
@@ -168,8 +174,6 @@ def _silent() -> Iterator[None]:
 
 def _platforms(wanted: str, present: str) -> str:
     """What JAX_PLATFORMS, a list, is to be for the platform asked for; raises `BackendError` if it is not in it."""
-    from fastkv_jax.errors import BackendError
-
     given = [name for part in present.split(",") if (name := part.strip())]
     if wanted == "auto":
         return ",".join(given)
@@ -216,8 +220,6 @@ def silence_xla() -> None:
 
 def run(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
     """Run a command; turn what it raises into one line on stderr and an exit code."""
-    from fastkv_jax.errors import BackendError, CheckpointError, FastKVConfigError, InputError
-
     gc.set_threshold(50_000, 50, 50)  # imports and tracing make many objects and no garbage: a tenth of their time
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to fail
@@ -233,12 +235,8 @@ def run(command: Callable[[argparse.Namespace], int], options: argparse.Namespac
         return _fail("interrupted", INTERRUPTED, options)
     except Terminated:
         return _fail("terminated", TERMINATED, options)
-    except (FastKVConfigError, InputError) as error:
-        return _fail(error, USAGE, options)
-    except CheckpointError as error:
-        return _fail(error, BAD_MODEL, options)
-    except BackendError as error:
-        return _fail(error, DEVICE, options)
+    except tuple(EXIT_CODES) as error:
+        return _fail(error, EXIT_CODES[type(error)], options)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", FAILED, options)

@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastkv_jax.cli import common
-from fastkv_jax.errors import CheckpointError, FastKVConfigError
-
-OK, FAILED, USAGE, BAD_MODEL, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"error: {message}; see --help\n")
+        self.exit(common.USAGE, f"error: {message}; see --help\n")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -27,41 +24,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--check-weights", "--check_weights", action="store_true", help="refuse NaN and infinity")
     parser.add_argument("--quiet", action="store_true", help="print errors only")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the conversion. Returns 0, or 1 if writing failed, 2 for wrong usage, 3 for bad model files."""
+    """Run the conversion; returns the exit code."""
     options = parse(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # there is nothing to compute, and a TPU serves one process only
-    if options.quiet:
-        common.silence_xla()
-    try:
-        convert(options)
-    except CheckpointError as error:
-        return _report(error, BAD_MODEL)
-    except FastKVConfigError as error:
-        return _report(error, USAGE)
-    except KeyboardInterrupt:
-        return _report("interrupted", INTERRUPTED)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _report(f"{where}{error.strerror or error}", FAILED)
-    return OK
+    return common.run(convert, options)
 
 
-def convert(options: argparse.Namespace) -> None:
+def convert(options: argparse.Namespace) -> int:
     """Load the source and save it to the destination, with its tokenizer if it has one, or the one brought along."""
     from fastkv_jax.checkpoint import load_model, orbax, resolve
 
-    common.tell_warnings(quiet=options.quiet)
     orbax.check_target(options.dest)
     found = resolve(options.source, tokenizer=options.tokenizer, progress=not options.quiet)
+    common.present_platform(quiet=options.quiet)
     extras = _tokenizer_writer(found)
     model = load_model(found, options.dtype, check_weights=options.check_weights, progress=not options.quiet)
     orbax.save(model, options.dest, extras)
     if not options.quiet:
         print(f"wrote {options.dest} ({options.dtype})", file=sys.stderr)
+    return common.OK
 
 
 def _tokenizer_writer(found: Any) -> Callable[[Any], None]:
@@ -86,8 +72,3 @@ def _write_tokenizer(tokenizer: Any, folder: Any) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
         orbax.copy_tokenizer_files(epath.Path(Path(scratch)))(folder)
-
-
-def _report(error: object, code: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code

@@ -54,7 +54,7 @@ def parser() -> common.Parser:
                        "<length>/<task>.jsonl; gs:// works with the extra gcs")  # fmt: skip
     group.add_argument("--texts", metavar="FOLDER", help=".txt files to hide needles in (default: our own chronicle)")
     group.add_argument("--protocol", metavar="NAME", help="longbench: upstream (default) or fastkv")
-    group.add_argument("--seed", type=int, default=42, help="of what is made (default: 42)")
+    group.add_argument("--seed", type=int, default=42, help="of what is made, 0 to 2**32 - 1 (default: 42)")
     group.add_argument("--query-agnostic", action="store_true", help="compress the context before the question is read")
     common.add_template_flags(group)
     group = parser.add_argument_group("run")

@@ -25,6 +25,7 @@ from fastkv_jax.errors import FastKVConfigError, InputError, ModelWarning
 from fastkv_jax.files import check_target, replacing
 from fastkv_jax.methods import FullKV
 from fastkv_jax.methods.plan import layers_run
+from fastkv_jax.seeds import check_seed
 
 KV_DTYPES = {"int8": "int8", "fp8": "float8_e4m3fn"}
 
@@ -114,13 +115,13 @@ def check(options: argparse.Namespace) -> None:
         ("top_p", 0 < options.top_p <= 1, "in (0, 1]"),
         ("top_k", options.top_k >= 0, ">= 0 (0 = off)"),
         ("min_p", 0 <= options.min_p <= 1, "in [0, 1]"),
-        ("seed", 0 <= options.seed < 2**32, "in 0 ... 2**32 - 1"),
         ("max_seq_len", options.max_seq_len is None or options.max_seq_len >= 2, ">= 2"),
         ("stream_interval", options.stream_interval >= 1, ">= 1"),
     ]
     for name, fine, allowed in rules:
         if not fine:
             raise FastKVConfigError(f"{name} must be {allowed}, got {getattr(options, name)}")
+    check_seed(options.seed)
     if "" in options.stop:
         raise FastKVConfigError("a stop string must not be empty")
     if options.input is not None and options.json:

@@ -12,6 +12,7 @@ from fastkv_jax.evals.averages import Average, Rows, by_group, by_length, of_gro
 from fastkv_jax.evals.haystack import words
 from fastkv_jax.evals.protocols import PROTOCOLS
 from fastkv_jax.evals.sample import Sample
+from fastkv_jax.seeds import check_seed
 
 Count = Callable[[str], int]  # a text's tokens
 
@@ -76,6 +77,7 @@ def check(settings: SuiteSettings) -> None:
     for name, value in (("samples", s.samples), ("depths", s.depths), ("lengths", min(s.lengths, default=None))):
         if value is not None and value < 1:
             raise FastKVConfigError(f"{name} must be >= 1, got {value}")
+    check_seed(s.seed)
     if s.protocol is not None and s.protocol not in PROTOCOLS:
         raise FastKVConfigError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {s.protocol!r}")
     if s.suite == "longbench" and s.data is None:

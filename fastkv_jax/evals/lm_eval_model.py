@@ -2,6 +2,10 @@
 
 Importing this module registers it. What likelihood means under compression: the context is prefilled with the method,
 and the continuation is scored from the compressed cache.
+
+The harness hands over the requests of one kind at a time, the first kind before the others are seen. So what a task's
+file asks of its answers is refused before any of its own kind runs, but after the likelihoods of a task before it; the
+command's --gen_kwargs are refused before all of them.
 """
 
 import dataclasses
@@ -151,6 +155,8 @@ class FastKVModel(LM):
         text.split_stops(self._tokenizer, how.stops)  # or it is refused, before anything runs
         sample = Sample("lm_eval", str(i), context, "", (), how.new_tokens, chat=False, stop=how.stops)
         encoded = self._engine.encode(sample)
+        if not encoded.tokens:
+            return encoded._replace(tokens=[self._first_token()])
         return encoded._replace(window_end=min(self._tail(context), len(encoded.tokens) - 1))
 
     def _tail(self, context: str) -> int:
@@ -183,15 +189,17 @@ class FastKVModel(LM):
             before, whole = whole, whole
         met = len(os.path.commonprefix([before, whole]))
         before, after = whole[:met], whole[met:]
-        if not before:
-            start = self._tokenizer.bos_token_id
-            start = self._tokenizer.eos_token_id if start is None else start
-            before = [next(iter(self._engine.model.config.stop_tokens), 0) if start is None else start]
+        before = before or [self._first_token()]
         room = self._engine.max_tokens - len(after)
         if room < 1:
             raise FastKVConfigError(f"a continuation of {len(after):,} tokens leaves no room for its context")
         half = room // 2
         return before if len(before) <= room else [*before[: room - half], *before[len(before) - half :]], after
+
+    def _first_token(self) -> int:
+        """What stands where the context is empty: the token that begins a text, or else one that ends it."""
+        known = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, *self._engine.model.config.stop_tokens)
+        return next((token for token in known if token is not None), 0)
 
     def _read(self, context: list[int]) -> inference.Prefill:
         engine = self._engine

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 from fastkv_jax.evals.documents import document
+from fastkv_jax.seeds import check_seed
 
 KEYS = "harbor lantern meadow copper thistle orchard compass marble falcon cedar velvet ember granite willow".split()
 TOKENS_PER_WORD = 1.35  # English prose through SmolLM2's tokenizer; only the lengths depend on it
@@ -25,6 +26,7 @@ def make(
     Each is asked twice, plainly and with the beginning of the answer given. With `keys` > 1 as many numbers are hidden,
     each under a key of its own, and one is asked for.
     """
+    check_seed(seed)
     rows = []
     for i in range(count):
         rng = random.Random(seed * 1_000_003 + i)

@@ -58,10 +58,71 @@ def test_stop_tokens(tmp_path, tiny):
     assert (config.stop_tokens, config.pad_token) == ((2, 9), 4)
 
 
+def linear(factor):
+    def change(writer):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(factor)
+
+    return change
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0])
+def test_a_scale_that_changes_nothing(tmp_path, tiny, factor):
+    assert inspect(tiny.write_gguf(tmp_path / "m.gguf", tiny.model(), change=linear(factor))).rope.scaling is None
+
+
+def test_ids_outside_the_vocabulary(tmp_path, tiny):
+    def change(writer):
+        writer.add_eot_token_id(999)
+        writer.add_pad_token_id(2**32 - 1)
+
+    path = tiny.write_gguf(tmp_path / "m.gguf", tiny.model(), change=change)
+    with pytest.warns(ModelWarning, match="end token 999 is outside the 96 tokens; not used"):
+        config = inspect(path)
+    assert (config.stop_tokens, config.pad_token) == ((2,), None)
+
+
+@pytest.mark.parametrize(
+    "name", ["m.gguf-split-a", "m.gguf-split-b", "m.gguf.part1of2", "m.gguf.part2of2", "m.gguf.001", "m.gguf.aa"]
+)
+def test_a_piece_of_a_file_is_to_be_joined(tmp_path, name):
+    (tmp_path / name).write_bytes(b"GGUF" if name[-1] == "a" else b"rest")
+    with pytest.raises(CheckpointError, match=r"join all pieces first, in order: cat m.gguf[-.]\* > m.gguf$"):
+        resolve(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w.add_array("tokenizer.ggml.pre", ["gpt-2"]), r"ggml.pre must be a text, found \['gpt-2'\]"),
+        (lambda w: w.add_string("split.count", "2"), "split.count must be an integer, found '2'"),
+        (lambda w: w.add_bool("split.no", True), "split.no must be an integer, found True"),
+        (lambda w: w.add_string("tokenizer.ggml.bos_token_id", "x"), "bos_token_id must be an integer, found 'x'"),
+        (lambda w: w.add_uint32("tokenizer.chat_template", 3), "chat_template must be a text, found 3"),
+        (lambda w: w.add_uint32("tokenizer.ggml.add_bos_token", 1), "add_bos_token must be true or false, found 1"),
+        (lambda w: w.add_array("tokenizer.ggml.tokens", [1, 2]), "tokens must be a list of strings, found"),
+        (lambda w: w.add_string("tokenizer.ggml.merges", "a b"), "merges must be a list of strings, found 'a b'"),
+        (lambda w: w.add_array("tokenizer.ggml.token_type", ["1"]), "token_type must be a list of integers"),
+        (lambda w: w.add_array("tokenizer.ggml.scores", ["1"]), "scores must be a list of numbers"),
+    ],
+)
+def test_keys_of_another_type(tmp_path, tiny, change, words):
+    path = tiny.write_gguf(tmp_path / "m.gguf", tiny.model(), change=change)
+    with pytest.raises(CheckpointError, match=words) as error:
+        inspect(path)
+    assert str(path) in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "rope.scaling.type 'yarn'"),
+        (lambda w: w.add_rope_scaling_factor(4.0), "unsupported rope.scaling.factor 4.0; supported: 1"),
+        (linear(4.0), "unsupported rope.scaling.factor 4.0 beside rope.scaling.type 'linear'; supported: 1"),
+        (lambda w: w.add_float32("llama.rope.scale_linear", 8.0), "unsupported rope.scale_linear 8.0; supported: 1"),
+        (lambda w: w.add_float32("llama.rope.scaling.attn_factor", 0.5), "rope.scaling.attn_factor 0.5; supported: 1"),
+        (lambda w: w.add_string("llama.rope.scaling.factor", "4"), "unsupported rope.scaling.factor '4'"),
+        (lambda w: w.add_array("llama.rope.scaling.type", ["none"]), r"unsupported rope.scaling.type \['none'\]"),
         (lambda w: w.add_expert_count(8), "expert_count is 8"),
         (lambda w: w.add_rope_dimension_count(16), "rope.dimension_count is 16"),
         (lambda w: w.add_tensor("surprise", np.ones(3, np.float32)), "1 unexpected: surprise"),

@@ -80,6 +80,15 @@ def test_ignored_tensors(tmp_path, tiny):
     tiny.assert_same(load_model(tiny.write_hugging_face(tmp_path, model, **extra), "float32"), model)
 
 
+def test_a_copy_of_embeddings_that_hold_nan_is_a_copy(tmp_path, tiny):
+    model = tiny.model(tie_word_embeddings=True)
+    model.embedding[...] = model.embedding[...].at[5, 5].set(np.nan)
+    folder = tiny.write_hugging_face(tmp_path / "m", model, **{"lm_head.weight": np.asarray(model.embedding[...])})
+    assert load_model(folder, "float32").config.tie_word_embeddings
+    with pytest.raises(CheckpointError, match="NaN or infinity in model.embed_tokens.weight$"):
+        load_model(folder, "float32", check_weights=True)
+
+
 def test_a_head_that_is_not_the_embeddings_is_used_though_the_config_ties_them(tmp_path, tiny):
     model = tiny.model()
     folder = tiny.write_hugging_face(tmp_path, model)

@@ -46,6 +46,7 @@ SETTINGS = {
     "--min-p 2": "min_p must be in [0, 1], got 2.0",
     "--max-new-tokens 0": "max_new_tokens must be >= 1, got 0",
     "--seed -1": "seed must be in 0 ... 2**32 - 1, got -1",
+    "--seed 4294967296": "seed must be in 0 ... 2**32 - 1, got 4294967296",
     "--stop=": "a stop string must not be empty",
     "--stream-interval 0": "stream_interval must be >= 1, got 0",
     "--max-seq-len 1": "max_seq_len must be >= 2, got 1",
@@ -173,6 +174,26 @@ def test_a_model_without_chat_template_refuses_chat(fails, tmp_path, smollm2_pat
     tokenizer.save_pretrained(tmp_path)
     code, line = fails("--prompt", "hi", "--model", str(tmp_path))
     assert code == BAD_MODEL and line == "the tokenizer has 49152 ids, the model's embedding only 96 rows"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("scripts/generate.py", "--prompt", "hi"),
+        ("scripts/convert_checkpoint.py", "{model}", "{out}"),
+        ("scripts/compare_methods.py", "--model", "{model}"),
+        ("-m", "fastkv_jax", "lm_eval", "--model", "fastkv_jax", "--model_args", "model={model}", "--tasks", "x"),
+    ],
+)
+def test_jax_platforms_that_are_missing_are_one_line(words, tiny_model, tmp_path):
+    """Some plugins are only missed when the first array is made, deep inside the command."""
+    command = [word.format(model=tiny_model, out=tmp_path / "out") for word in words]
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
+        env={**os.environ, "JAX_PLATFORMS": "cuda"},
+    )  # fmt: skip
+    assert done.returncode == DEVICE and done.stdout == "" and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: no CUDA device visible to JAX")
 
 
 @pytest.mark.parametrize("platform", ("gpu", "tpu"))

@@ -72,6 +72,23 @@ def test_a_setting_that_cannot_be_is_one_line(tiny_model, tasks):
     assert done.returncode == 2 and "num_beams=4 is not supported" in done.stderr.splitlines()[-1]
 
 
+def test_what_the_command_line_asks_of_answers_is_refused_before_likelihoods_run(tiny_model, tasks, tmp_path):
+    words = ("--include_path", str(tasks), "--tasks", "chooses,says")
+    done = harness(tiny_model, tasks, *words, "--gen_kwargs", "top_k=-1,temperature=1")
+    assert done.returncode == 2 and "Running loglikelihood" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "error: gen_kwargs top_k must be an integer >= 0, got -1.0"
+    config = tmp_path / "run.yaml"
+    config.write_text("gen_kwargs: {seed: 4294967296}\n")
+    done = harness(tiny_model, tasks, *words, "--config", str(config))
+    assert done.returncode == 2 and "Running loglikelihood" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "error: seed must be in 0 ... 2**32 - 1, got 4294967296"
+
+
+def test_a_model_that_is_not_there_is_a_model_error(tasks):
+    done = harness(tasks / "nothing", tasks, "--include_path", str(tasks), "--tasks", "says")
+    assert done.returncode == 3 and done.stderr.splitlines()[-1].startswith("error: ")
+
+
 # ----------------------------------------------------------------------------------------------------- likelihood
 
 CONTEXT = "The keeper counted the oars at low tide. " * 4 + "The lamp was lit."
@@ -153,6 +170,14 @@ def test_answers_are_decoded_as_the_request_says(tiny_model):
     assert answers(model, hot, hot) == answers(model, hot, hot)
     with pytest.raises(fk.FastKVConfigError, match="mixes the special token"):
         answers(model, {"until": ["so<|end|>"]})
+
+
+def test_an_empty_context_begins_with_the_token_that_begins_a_text(tiny_model):
+    """Or else ends one, as likelihoods have it."""
+    model = FastKVModel(str(tiny_model), method="full", batch_size=2)
+    asked = [("", {"max_gen_toks": 4}), (CONTEXT, {"max_gen_toks": 4}), ("<|end|>", {"max_gen_toks": 4})]
+    empty, _, written = model.generate_until([SimpleNamespace(args=args) for args in asked], disable_tqdm=True)
+    assert empty == written
 
 
 def test_the_template_is_told_what_model_args_say(tiny_model, tmp_path):

@@ -20,6 +20,8 @@ COUNT = lambda words: len(words.split())  # noqa: E731 - a tokenizer of words
         ({"suite": "ruler", "lengths": ("x",)}, r"lengths must be a list of int, got \('x',\)"),
         ({"suite": "ruler", "lengths": (900,), "samples": "x"}, r"samples must be int \| None, got 'x'"),
         ({"suite": 3}, "suite must be str, got 3"),
+        ({"suite": "needle", "lengths": (900,), "seed": -1}, r"seed must be in 0 ... 2\*\*32 - 1, got -1"),
+        ({"suite": "ruler", "lengths": (900,), "seed": 2**32}, "seed must be in 0 "),
         ({"suite": "needle", "lengths": (0,)}, "lengths must be >= 1, got 0"),
         ({"suite": "needle", "lengths": (900,), "samples": 3}, "suite needle has no use for samples=3"),
         ({"suite": "ruler", "lengths": (900,), "samples": 0}, "samples must be >= 1, got 0"),

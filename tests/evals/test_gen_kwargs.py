@@ -3,7 +3,7 @@
 import pytest
 
 from fastkv_jax.errors import FastKVConfigError
-from fastkv_jax.evals.gen_kwargs import LENGTHS, read
+from fastkv_jax.evals.gen_kwargs import LENGTHS, check, read
 from fastkv_jax.sampling import Greedy, Sample
 
 
@@ -18,6 +18,9 @@ from fastkv_jax.sampling import Greedy, Sample
         ({"temperature": 0.7}, Sample(0.7)),
         ({"temperature": "0.7", "do_sample": None}, Sample(0.7)),
         ({"do_sample": True}, Sample(1.0)),
+        ({"top_p": 1, "top_k": 0, "min_p": None}, Greedy()),
+        ({"do_sample": False, "top_p": 0.9}, Greedy()),
+        ({"temperature": 0.0, "top_k": 5}, Greedy()),
         ({"do_sample": True, "temperature": 2, "top_p": 0.9, "top_k": 5.0, "min_p": 0.1}, Sample(2, 0.9, 5, 0.1)),
     ],
 )
@@ -59,8 +62,24 @@ def test_what_we_do_anyway_is_allowed():
         ({"temperature": "nan"}, "temperature must be a number"),
         ({"temperature": 1.0, "top_p": 2}, "top_p must be in"),
         ({"seed": -1}, "seed must be an integer >= 0"),
+        ({"seed": 2**32}, r"seed must be in 0 ... 2\*\*32 - 1, got 4294967296"),
+        ({"seed": 2**70, "temperature": 1.0}, r"seed must be in 0 ... 2\*\*32 - 1"),
+        ({"max_tokens": 10**400}, "max_tokens must be a number"),
+        ({"top_p": 0.5}, "top_p=0.5 does nothing without do_sample=True or a temperature"),
+        ({"top_p": 1, "top_k": 5}, "top_k=5 does nothing"),
+        ({"min_p": 0.1}, "min_p=0.1 does nothing"),
+        ({"top_p": 0}, "top_p must be in"),
+        ({"top_k": -1, "do_sample": False}, "top_k must be an integer >= 0"),
+        ({"min_p": 2, "temperature": 0}, "min_p must be in"),
     ],
 )
 def test_refused(given, words):
     with pytest.raises(FastKVConfigError, match=words):
         read(given, 7)
+
+
+def test_each_by_itself():
+    """What the command line says may be added to what a task says."""
+    assert check({"top_p": 0.5, "until": "a", "seed": None}) == {"top_p": 0.5, "until": ("a",)}
+    with pytest.raises(FastKVConfigError, match="top_k must be an integer >= 0"):
+        check({"top_k": -1})
