@@ -29,6 +29,7 @@ from fastkv_jax.adaptive import joined
 from fastkv_jax.attention import Platform
 from fastkv_jax.buckets import pad_batch, round_up
 from fastkv_jax.calibration import Calibration, Setting, best_answering, earliest_close
+from fastkv_jax.chat_template import Rendering
 from fastkv_jax.config import LlamaConfig
 from fastkv_jax.costs import layer_flops
 from fastkv_jax.errors import FastKVConfigError, InputError
@@ -97,11 +98,16 @@ def longest_run(ids: Sequence[int], wanted: Sequence[int]) -> tuple[int, int]:
     return best
 
 
-def make_samples(tokenizer: Any, rows: Iterable[Mapping[str, Any]]) -> list[Sample]:
+def make_samples(
+    tokenizer: Any,
+    rows: Iterable[Mapping[str, Any]],
+    rendering: Rendering = Rendering(),  # noqa: B008 - a frozen value
+) -> list[Sample]:
     """Samples from rows with a prompt, an answer, and optionally the beginning of the answer as prefill.
 
-    Through the chat template if there is one. An answer is tokenised as it stands in the prompt: with a space before
-    it, where that finds more of it there. Raises `InputError` that names the row and the field.
+    Through the chat template, told what `rendering` says, if there is one. An answer is tokenised as it stands in the
+    prompt: with a space before it, where that finds more of it there. Raises `InputError` that names the row and the
+    field.
     """
     samples = []
     for number, row in enumerate(rows, 1):
@@ -111,7 +117,7 @@ def make_samples(tokenizer: Any, rows: Iterable[Mapping[str, Any]]) -> list[Samp
         if not isinstance(row.get("prefill"), str | None):
             raise InputError(f"row {number}: prefill must be a text, found {row['prefill']!r}")
         if text.has_chat_template(tokenizer):
-            encoded = text.encode_chat(tokenizer, row["prompt"], prefill=row.get("prefill"))
+            encoded = text.encode_chat(tokenizer, row["prompt"], prefill=row.get("prefill"), rendering=rendering)
         else:
             encoded = text.encode_raw(tokenizer, row["prompt"] + (row.get("prefill") or ""))
         samples.append(

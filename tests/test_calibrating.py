@@ -17,8 +17,10 @@ from fastkv_jax import calibrating as module
 from fastkv_jax import generation, presets, stages
 from fastkv_jax.calibrating import Sample, longest_run, make_samples
 from fastkv_jax.calibration import Calibration, Setting, best_answering, earliest_close
+from fastkv_jax.chat_template import Rendering
 from fastkv_jax.costs import layer_flops
 from fastkv_jax.methods.plan import effective_budgets
+from test_text import CHATML, small_tokenizer
 from tolerances import LOGITS
 
 calibrate = fk.calibrate
@@ -377,6 +379,12 @@ def test_a_saved_preset_brings_its_evidence(tmp_path):
         np.testing.assert_allclose(saved["finalists"][str(setting)]["distance"], distance, rtol=1e-3)
     assert (saved["layers"], saved["right_full"], saved["tolerance"]) == ([0, 1, 2], 1, 0.1)
     assert [file.name for file in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_samples_are_rendered_as_the_template_is_told():
+    tokenizer, rows = small_tokenizer(CHATML + "{{ style }}"), [{"prompt": "hello", "answer": "ll"}]
+    (plain,), (terse,) = (make_samples(tokenizer, rows, Rendering(arguments=given)) for given in ({}, {"style": "a"}))
+    assert terse.token_ids[:-1] == plain.token_ids and terse.window_end == plain.window_end + 1
 
 
 def test_the_digest_tells_samples_apart():

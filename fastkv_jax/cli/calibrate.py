@@ -37,6 +37,7 @@ def parser() -> common.Parser:
     group.add_argument("--haystack", type=Path, metavar="FOLDER", help="the .txt files to hide them in")
     group.add_argument("--seed", type=int, metavar="N", help="of the numbers and texts, 0 to 2**32 - 1 (default: 0)")
     group.add_argument("--max-new-tokens", type=int, default=24, metavar="N", help="decoded, >= 1 (default: 24)")
+    common.add_template_flags(group)
     group = parser.add_argument_group("what to try (lists of integers: 8,16,32 or 8-20)")
     group.add_argument("--layers", type=integers, metavar="LIST", help="TSP layers (default: the middle half)")
     group.add_argument("--windows", type=integers, default=(8, 16, 32), metavar="LIST", help="default: 8,16,32")
@@ -154,7 +155,9 @@ def _calibrate(options: argparse.Namespace, rows: list[dict[str, Any]], platform
         FastKV(tsp_layer=layer).check(config.num_layers)
     tokenizer = text.load_tokenizer(found)
     text.check_vocabulary(tokenizer, config)
-    samples = make_samples(tokenizer, rows)
+    rendering = common.rendering(options)
+    rendering.check(tokenizer)
+    samples = make_samples(tokenizer, rows, rendering)
     say.header(platform, dtype)
     tokens = [len(sample.token_ids) for sample in samples]
     say.line("samples", f"{len(samples)}, {min(tokens):,} to {max(tokens):,} tokens; "

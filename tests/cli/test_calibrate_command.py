@@ -73,6 +73,7 @@ MISTAKES = {
     "--tsp-rate 0": "tsp_rate must be in (0, 1], got 0.0",
     "--tolerance -1": "tolerance must be >= 0, got -1.0",
     "--seed 4294967296": "seed must be in 0 ... 2**32 - 1, got 4294967296",
+    "--chat-template-args 3": "chat template arguments must be a JSON object, got '3'",
     "--count 0": "count must be >= 1, got 0",
     "--tokens 50": "tokens must rise from >= 100, got 50-50",
     "--tokens 300-200": "tokens must rise from >= 100, got 300-200",
