@@ -2,11 +2,12 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
 MOST_PIECES = 100_000  # of a rendered conversation: a loop in a template can render gigabytes
+MOST_STEPS = 1_000_000  # of all ranges together: loops inside loops need not write anything to last for hours
 _QUESTION = {"role": "user", "content": "A question, by its own words."}
 _ANSWER = {"role": "assistant", "content": "An answer, by its own words."}
 _NEXT = {"role": "user", "content": "Another question, by its own words."}
@@ -36,6 +37,21 @@ def turn_ends(template: str, names: Mapping[str, str], special: Mapping[str, int
     return ()
 
 
+def _ranges(most: int) -> Callable[..., range]:
+    """`range`, as long as all of them together are not too long."""
+    left = most
+
+    def limited(*limits: int) -> range:
+        nonlocal left
+        found = range(*limits)
+        left -= len(found)
+        if left < 0:
+            raise ValueError(f"loops of more than {most} steps")
+        return found
+
+    return limited
+
+
 def _as_json(value: Any, **options: Any) -> str:
     """As transformers has this filter: nothing is escaped for HTML."""
     return json.dumps(value, **{"ensure_ascii": False, **options})
@@ -63,6 +79,7 @@ def _render(template: str, names: Mapping[str, str], messages: list[dict[str, st
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
         )
         environment.globals |= {"raise_exception": refuse, "strftime_now": lambda *_, **__: "1 January 2000"}
+        environment.globals["range"] = _ranges(MOST_STEPS)
         environment.filters["tojson"] = _as_json
         given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": False}
         pieces = environment.from_string(template).generate(**{**names, **given})

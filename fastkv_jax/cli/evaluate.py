@@ -207,12 +207,15 @@ def _evaluate(
     runs = _runs(options, grid, found.name, config.num_layers)
     tokenizer = text.load_tokenizer(found)
     text.check_vocabulary(tokenizer, config)
-    rendering = common.rendering(options, _date_there(options, runs))
+    there = _date_there(options, runs)
+    rendering = common.rendering(options, there or datetime.now().date().isoformat())
     rendering.check(tokenizer)
     count = lambda words: len(text.continue_with(tokenizer, words))  # noqa: E731
     chat = text.has_chat_template(tokenizer)
     around = len(text.encode_chat(tokenizer, "?", rendering=rendering).token_ids) - count("?") if chat else 0
     built = [catalogue.build(suite, count, around) for suite in suites]
+    if there is not None and options.date is None:
+        say.line("date", f"{there}, on which this run began")
     say.line("suite", f"{sum(len(suite.samples) for suite in built)} questions x {len(runs)} methods")
     protocol = _protocol(suites)
     settings_of_all = {
@@ -299,15 +302,15 @@ def _folder(options: argparse.Namespace, one: Run) -> str:
     return f"{options.output.rstrip('/')}/{_slug(one.name)}"
 
 
-def _date_there(options: argparse.Namespace, runs: list[Run]) -> str:
-    """The date that templates are told: that of the run that is resumed, or today."""
+def _date_there(options: argparse.Namespace, runs: list[Run]) -> str | None:
+    """The date that templates were told by the run that is resumed, if one is."""
     from fastkv_jax.evals import folder, records
 
     for one in runs:
         run = records.read_run(folder.writable(_folder(options, one)))
         if run is not None and isinstance(date := run.get("config", {}).get("date"), str):
             return date
-    return datetime.now().date().isoformat()
+    return None
 
 
 def _protocol(suites) -> Any:

@@ -70,6 +70,7 @@ def test_an_id_that_the_model_cannot_say_is_left_out_and_said(impossible):
         ("{{ raise_exception('no assistants') }}", ()),
         ("{{ messages[7].content.x.y }}", ()),
         ("{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxx{% endfor %}{% endfor %}", ()),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", ()),
         ("{% if %}", ()),
         (CHATML + "{% if tools is not none %}{{ tools | first }}{% endif %}", (5,)),  # a variable of transformers
         ("{{ messages[0] | tojson(ensure_ascii=False, indent=2) }}" + CHATML, (5,)),

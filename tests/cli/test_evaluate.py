@@ -78,7 +78,9 @@ def test_a_run_keeps_the_date_that_it_began_on(tmp_path, tiny_model, capsys):
     before = records(out / "fastkv")
     (out / "fastkv" / "results.jsonl").unlink()
     assert evaluate.main(words) == 0  # on another day
-    assert "2 of 2 samples were answered before" in capsys.readouterr().err and records(out / "fastkv") == before
+    err = capsys.readouterr().err
+    assert "2024-02-29T00:00:00, on which this run began" in err and "2 of 2 samples were answered before" in err
+    assert records(out / "fastkv") == before
     assert json.loads((out / "fastkv" / "run.json").read_text())["config"]["date"].startswith("2024-02-29")
     assert evaluate.main([*words, "--quiet", "--date", "2024-03-01"]) == 2
     assert 'date "2024-02-29T00:00:00" there, "2024-03-01T00:00:00" here' in capsys.readouterr().err
