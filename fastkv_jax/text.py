@@ -14,6 +14,7 @@ from etils import epath
 
 from fastkv_jax.chat_template import Rendering, has_chat_template, render
 from fastkv_jax.checkpoint import Resolved, orbax, resolve
+from fastkv_jax.checkpoint.folder_tokenizer import read_tokenizer
 from fastkv_jax.checkpoint.quiet import quiet
 from fastkv_jax.checkpoint.special_tokens import mend_special_tokens
 from fastkv_jax.config import LlamaConfig
@@ -80,8 +81,8 @@ def _load(found: Resolved) -> Any:
     if orbax.is_remote(found.path):  # transformers reads local folders only
         with tempfile.TemporaryDirectory() as scratch:
             orbax.copy_tokenizer_files(found.path)(epath.Path(scratch))
-            return _from_folder(Path(scratch), os.fspath(found.path))
-    return _from_folder(Path(found.path), os.fspath(found.path))
+            return read_tokenizer(Path(scratch), os.fspath(found.path))
+    return read_tokenizer(Path(found.path), os.fspath(found.path))
 
 
 def check_vocabulary(tokenizer: Any, config: LlamaConfig) -> None:
@@ -268,29 +269,10 @@ class StopMatcher:
         return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
 
 
-def _from_folder(folder: Path, name: str) -> Any:
-    with quiet():  # importing transformers announces that PyTorch is missing
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder.absolute(), trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # tokenizers in the field break in ways transformers has no class for
-            if "trust_remote_code" in str(error):
-                raise CheckpointError(
-                    f"{name}: its tokenizer needs --trust-remote-code, code from the model folder,"
-                    " which is never run; use a converted tokenizer.json"
-                ) from error
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise CheckpointError(f"{name}: no usable tokenizer: {reason[:300]}") from error
-    if not tokenizer.is_fast:
-        raise CheckpointError(f"{name}: {type(tokenizer).__name__} gives no character offsets; add a tokenizer.json")
-    return tokenizer
-
-
 def _from_gguf(path: Path) -> Any:
-    from fastkv_jax.checkpoint.gguf_tokenizer import read_tokenizer
+    from fastkv_jax.checkpoint import gguf_tokenizer
 
-    tokenizer, names = read_tokenizer(path)
+    tokenizer, names = gguf_tokenizer.read_tokenizer(path)
     with quiet():
         from transformers import PreTrainedTokenizerFast
 

@@ -285,6 +285,37 @@ def test_a_sign_that_only_the_template_knows_is_one_token_and_stays_visible(tmp_
     assert text.encode_raw(tokenizer, "<think>").token_ids == [2] and text.decode(tokenizer, [2]) == "<think>"
 
 
+WRITTEN = ["[gMASK]", "[user]", "### User:", "<human>", "User:"]
+SEEN = ["<sop>", "<think>", "</s>", "<tool_call>", "<|turn>", "<turn|>", "[|user|]", "<|User Name|>"]
+
+
+@pytest.mark.parametrize(("sign", "template"), [*((sign, "{}") for sign in WRITTEN + SEEN), *((s, None) for s in SEEN)])
+def test_whole_entries_that_look_like_signs_or_that_the_template_writes_are_one_token(tmp_path, sign, template):
+    tokens = ["<|end|>", sign, *sorted(pre_tokenizers.ByteLevel.alphabet()), "12"]
+
+    def change(writer):
+        if template:
+            writer.add_chat_template("{% for m in messages %}" + sign + "{{ m.content }}<|end|>{% endfor %}")
+
+    path = write_tokenizer_gguf(tmp_path / "m.gguf", "gpt2", tokens, [3] + [1] * 258, change, None, ["1 2"])
+    with pytest.warns(ModelWarning, match=f"read as one token: {re.escape(sign)}$"):
+        tokenizer = text.load_tokenizer(path)
+    assert text.encode_raw(tokenizer, f"a{sign}b").token_ids.count(1) == 1
+
+
+@pytest.mark.parametrize("word", ["User", "user_name", "{%", "a.", "ab"])
+def test_words_and_what_merges_make_are_left_alone(tmp_path, word):
+    """Though the template writes them; `a.` is cut before it can be merged."""
+    tokens = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "a.", "ab", "User", "user_name", "{%"]
+
+    def change(writer):
+        writer.add_chat_template("{% for m in messages %}" + word + "{{ m.content }}<|end|>{% endfor %}")
+
+    path = write_tokenizer_gguf(tmp_path / "m.gguf", "gpt2", tokens, [3] + [1] * 261, change, None, ["a .", "a b"])
+    tokenizer = text.load_tokenizer(path)  # warnings are errors
+    assert text.encode_raw(tokenizer, "a.").token_ids == [tokens.index("a"), tokens.index(".")]
+
+
 def test_token_types_must_be_as_many_as_tokens(tmp_path):
     with pytest.raises(CheckpointError, match="token_type has 260 entries for 262 tokens"):
         text.load_tokenizer(special_as_text(tmp_path / "m.gguf", [3, 3]))

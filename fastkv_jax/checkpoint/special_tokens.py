@@ -1,5 +1,6 @@
 """Tokens that a file types as plain text though nothing could ever spell them: `<|im_start|>` is one token, or none."""
 
+import json
 import re
 import warnings
 from collections.abc import Iterable
@@ -10,7 +11,10 @@ from fastkv_jax.checkpoint.assemble import listed
 from fastkv_jax.errors import ModelWarning
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # as GGUF numbers the types of tokens
-_LOOKS_SPECIAL = re.compile(r"<\|[^\s<>]+\|>|<｜[^\s<>]+｜>|<(start|end)_of_\w+>|_?<EOT>|\[/?(INST|EOT)\]")
+_LOOKS_SPECIAL = re.compile(
+    r"<\|[^<>]+\|>|<｜[^<>]+｜>|\[\|[^\[\]]+\|\]|<\|\w[^\s<>]*>|<\w[^\s<>]*\|>|<(start|end)_of_\w+>|_?<EOT>|\[/?(INST|EOT)\]"
+)
+_TAG = re.compile(r"</?[A-Za-z_][\w.:-]*>")
 _SIGNS = re.compile(r"<[^\s<>'\"{}]+>|\[/?[A-Z_]+\]")  # of a template's text
 
 
@@ -22,15 +26,19 @@ def looks_special(text: str) -> bool:
 def mend_special_tokens(tokenizer: Tokenizer, template: str | None, names: Iterable[str], source: str) -> None:
     """Add what the vocabulary holds as a whole but the tokenizer takes to pieces, and say so.
 
-    Tokens that look special or have a role (`names`) become special; others that the chat template writes, such as
-    <think>, stay visible. Without this, a chat's signs reach the model as letters.
+    Tokens that look special or have a role (`names`) become special; others that the chat template writes, and tags
+    such as <think>, stay visible. Without this, a chat's signs reach the model as letters.
     """
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     known = tokenizer.get_vocab(with_added_tokens=True)
     special = {text for text in known if looks_special(text)} | (set(names) & known.keys())
-    written = {text for text in _SIGNS.findall(template or "") if text in known}
-    suspects = sorted((special | written) - added, key=known.__getitem__)
+    signs = {text for text in _SIGNS.findall(template or "") if text in known}
+    likely = {text for text in known if _TAG.fullmatch(text) or (_is_punctuated(text) and text in (template or ""))}
+    suspects = sorted((special | signs | likely) - added, key=known.__getitem__)
     broken = [text for text in suspects if known[text] not in tokenizer.encode(text, add_special_tokens=False).ids]
+    if not special.union(signs).issuperset(broken):
+        spelt = _spelt(tokenizer)
+        broken = [text for text in broken if text in special or text in signs or text not in spelt]
     for text in broken:
         token = AddedToken(text, normalized=False, special=text in special)
         (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
@@ -40,3 +48,17 @@ def mend_special_tokens(tokenizer: Tokenizer, template: str | None, names: Itera
             ModelWarning,
             stacklevel=3,
         )
+
+
+def _is_punctuated(text: str) -> bool:
+    """Whether it is neither a word nor mere punctuation: `[user]`, `### User:`."""
+    return any(c.isalpha() for c in text) and any(not c.isalnum() and c not in "_▁Ġ " for c in text)
+
+
+def _spelt(tokenizer: Tokenizer) -> set[str]:
+    """The tokens that some text may be cut into: what merges make, or all, where there are none."""
+    model = json.loads(tokenizer.to_str())["model"]
+    if model["type"] != "BPE":
+        return set(tokenizer.get_vocab(with_added_tokens=False))
+    merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+    return {left + right for left, right in merges}
