@@ -29,16 +29,12 @@ def mend_special_tokens(tokenizer: Tokenizer, template: str | None, names: Itera
     Tokens that look special or have a role (`names`) become special; others that the chat template writes, and tags
     such as <think>, stay visible. Without this, a chat's signs reach the model as letters.
     """
-    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     known = tokenizer.get_vocab(with_added_tokens=True)
     special = {text for text in known if looks_special(text)} | (set(names) & known.keys())
     signs = {text for text in _SIGNS.findall(template or "") if text in known}
-    likely = {text for text in known if _TAG.fullmatch(text) or (_is_punctuated(text) and text in (template or ""))}
-    suspects = sorted((special | signs | likely) - added, key=known.__getitem__)
-    broken = [text for text in suspects if known[text] not in tokenizer.encode(text, add_special_tokens=False).ids]
-    if not special.union(signs).issuperset(broken):
-        spelt = _spelt(tokenizer)
-        broken = [text for text in broken if text in special or text in signs or text not in spelt]
+    tags = {text for text in known if text.startswith("<") and _TAG.fullmatch(text)}
+    written = {text for text in known if text in (template or "") and _is_punctuated(text)}
+    broken = sorted(_never_cut(tokenizer, special | signs, tags | written), key=known.__getitem__)
     for text in broken:
         token = AddedToken(text, normalized=False, special=text in special)
         (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
@@ -48,6 +44,17 @@ def mend_special_tokens(tokenizer: Tokenizer, template: str | None, names: Itera
             ModelWarning,
             stacklevel=3,
         )
+
+
+def _never_cut(tokenizer: Tokenizer, sure: set[str], likely: set[str]) -> set[str]:
+    """Those that the tokenizer takes to pieces; of the `likely` ones only those that nothing is ever merged into."""
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    broken = {
+        text
+        for text in (sure | likely) - added
+        if tokenizer.token_to_id(text) not in tokenizer.encode(text, add_special_tokens=False).ids
+    }
+    return broken if broken <= sure else broken - (_spelt(tokenizer) - sure)
 
 
 def _is_punctuated(text: str) -> bool:
