@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import fastkv_jax as fk
+from compilations import compilations
 from examples import (
     BUCKET,
     EXAMPLES,
@@ -129,14 +130,7 @@ def test_what_stands_in_the_padding_changes_nothing(method: Method):
         assert_same_row(dirty, row, ragged(method), row, tolerance=0)
 
 
-COMPILED: list[str] = []
-jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: COMPILED.append(event))
 SMALL = 30  # programs that look up, join and pad arrays
-
-
-def compilations() -> int:
-    """Programs that XLA has compiled so far in this process."""
-    return COMPILED.count("/jax/core/compile/backend_compile_duration")
 
 
 def test_compilations_are_counted():
