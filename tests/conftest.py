@@ -9,6 +9,7 @@ for name, value in {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # in the processes that tests start; here, see pytest_runtest_setup
 }.items():
     os.environ.setdefault(name, value)
 # XLA compiles four times as fast without its newer emitters, on one thread: the suite's programs are many and run once.
@@ -17,6 +18,7 @@ os.environ["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), FA
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
 from compilations import compilations  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
