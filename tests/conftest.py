@@ -10,6 +10,7 @@ for name, value in {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # in the processes that tests start; here, see pytest_runtest_setup
 }.items():
     os.environ.setdefault(name, value)
 # XLA compiles several times as fast without its newer emitters, on one thread: the suite's programs are many and run

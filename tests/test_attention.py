@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from fastkv_jax.attention import attention
+from fastkv_jax.attention import _causal, attention
 from tolerances import ATTENTION, ATTENTION_BF16
 
 run = jax.jit(partial(attention, platform="cpu"), static_argnames=("mesh",))
@@ -130,3 +130,14 @@ def test_splash_attention_sees_groups_and_padding_as_we_do(monkeypatch, kv_heads
     mesh = None if shards == 1 else Mesh(np.array(jax.devices()[:shards]), ("sequence",))
     out = attention(q, k, v, start, platform="tpu", mesh=mesh)
     np.testing.assert_allclose(valid(out, start), expected(q, k, v, start), rtol=0, atol=ATTENTION)
+
+
+@pytest.mark.parametrize(
+    ("rows", "blocks", "first"), [(1024, (256, 512), 0), (512, (512, 256), 512), (384, (128, 512), 640)]
+)
+def test_splash_attention_is_told_of_the_same_blocks_as_by_its_own_mask(rows: int, blocks: tuple[int, int], first: int):
+    from jax.experimental.pallas.ops.tpu.splash_attention import CausalMask, MultiHeadMask, splash_attention_mask_info
+
+    masks = _causal((rows, 1024), first), CausalMask((rows, 1024), offset=first)
+    found = [splash_attention_mask_info.process_mask(MultiHeadMask([mask]), blocks)[0] for mask in masks]
+    jax.tree.map(np.testing.assert_array_equal, *found)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import fastkv_jax as fk
-from examples import EXAMPLES, NEW, PROMPTS, TAILS, model_a
+from examples import EXAMPLES, NEW, PROMPTS, TAILS, layers, model_a
 from fastkv_jax.errors import InputError
 from fastkv_jax.methods.base import Method
 from tolerances import SAME
@@ -19,24 +19,29 @@ def read(method: Method, chunk: int | None, prompts=PROMPTS, tails=TAILS, **opti
     return fk.prefill(model_a(), tokens, start, method=method, prefill_chunk=chunk, **options)
 
 
-def entries(cache, layer: int, row: int) -> list[dict[int, np.ndarray]]:
-    """Of each head, by position."""
-    one = cache.layer(layer)
+def entries(cache) -> list[list[list[dict[int, np.ndarray]]]]:
+    """Of each layer, row and head, by position."""
     return [
-        {int(p): np.concatenate([k, v]) for p, k, v in zip(positions, keys, values, strict=True) if p >= 0}
-        for positions, keys, values in zip(one.positions[row], one.k[row], one.v[row], strict=True)
+        [
+            [
+                {int(p): np.concatenate([k, v]) for p, k, v in zip(*head, strict=True) if p >= 0}
+                for head in zip(*row, strict=True)
+            ]
+            for row in zip(one.positions, one.k, one.v, strict=True)
+        ]
+        for one in layers(cache)
     ]
 
 
 def assert_same(one, two) -> None:
     np.testing.assert_allclose(one.logits, two.logits, rtol=0, atol=SAME)
     np.testing.assert_array_equal(one.cache.position, two.cache.position)
-    for layer in range(4):
-        for row in range(len(PROMPTS)):
-            for mine, theirs in zip(entries(one.cache, layer, row), entries(two.cache, layer, row), strict=True):
+    for layer in zip(entries(one.cache), entries(two.cache), strict=True):
+        for row in zip(*layer, strict=True):
+            for mine, theirs in zip(*row, strict=True):
                 assert mine.keys() == theirs.keys()
-                for position in mine:
-                    np.testing.assert_allclose(mine[position], theirs[position], rtol=0, atol=SAME)
+                there = [theirs[position] for position in mine]
+                np.testing.assert_allclose([*mine.values()], there, rtol=0, atol=SAME)
 
 
 @pytest.mark.parametrize("chunk", [37, 128])
@@ -49,8 +54,8 @@ def test_in_one_chunk_every_method_keeps_what_it_keeps_of_the_whole():
         prompt, tail = PROMPTS[5:6], TAILS[5:6]
         one, whole = read(method, 300, prompt, tail), read(method, None, prompt, tail)
         np.testing.assert_allclose(one.logits, whole.logits, rtol=0, atol=SAME)
-        for layer in range(4):
-            for mine, theirs in zip(entries(one.cache, layer, 0), entries(whole.cache, layer, 0), strict=True):
+        for (of_one,), (of_whole,) in zip(entries(one.cache), entries(whole.cache), strict=True):
+            for mine, theirs in zip(of_one, of_whole, strict=True):
                 assert len(mine.keys() ^ theirs.keys()) <= 2  # a chunk's budget is rounded up
 
 
@@ -59,12 +64,13 @@ def test_every_method_keeps_its_share_of_every_chunk_and_the_question(name: str)
     method = EXAMPLES[name][0]
     found, whole = read(method, 60), read(method, None)
     n, asked = len(PROMPTS[5]), int(method.window(np.array([len(PROMPTS[5])]))[0]) + TAILS[5]
-    kept, allowed = (sum(len(head) for i in range(4) for head in entries(p.cache, i, 5)) for p in (found, whole))
+    in_chunks, at_once = ([rows[5] for rows in entries(result.cache)] for result in (found, whole))
+    kept, allowed = (sum(len(head) for heads in layer_heads for head in heads) for layer_heads in (in_chunks, at_once))
     assert (
         0.85 * allowed <= kept <= 1.1 * allowed + 8 * 5
     )  # rounded up in each of five chunks, of four layers' two heads
-    for layer in range(4):
-        for head in entries(found.cache, layer, 5):
+    for heads in in_chunks:
+        for head in heads:
             assert max(head, default=0) < n
             if method.window(np.array([n]))[0] and head:
                 assert set(range(n - asked, n)) <= head.keys()
@@ -88,9 +94,9 @@ def test_all_chunks_run_one_program():
     from fastkv_jax.stages import run_jit
 
     method = EXAMPLES["fastkv"][0]
-    read(method, 40)
+    read(method, 60)
     before = run_jit._cache_size()
-    read(method, 40, [p[::-1].copy() for p in PROMPTS])
+    read(method, 60, [p[::-1].copy() for p in PROMPTS])
     assert run_jit._cache_size() == before
 
 
@@ -111,8 +117,8 @@ def test_neither_traced_tokens_nor_a_cache_go_with_chunks():
     tokens, start = fk.pad_batch(PROMPTS)
     with pytest.raises(InputError, match="prefill_chunk loops on the host"):
         jax.jit(
-            lambda t: fk.prefill(model_a(), t, start, method=fk.FullKV(), max_new_tokens=0, prefill_chunk=60).logits
+            lambda t: fk.prefill(model_a(), t, start, method=fk.FullKV(), max_new_tokens=0, prefill_chunk=37).logits
         )(tokens)
-    cache = read(fk.FullKV(), 60).cache
+    cache = read(fk.FullKV(), 37).cache
     with pytest.raises(InputError, match="it cannot go on from a cache"):
-        read(fk.FullKV(), 60, cache=cache, tails=[0] * len(PROMPTS))
+        read(fk.FullKV(), 37, cache=cache, tails=[0] * len(PROMPTS))

@@ -172,7 +172,8 @@ def free_address() -> str:
 
 def test_two_processes_share_the_samples(tmp_path, done, needles):
     address = free_address()
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    environment = {**os.environ, "XLA_FLAGS": flags}
     running = [
         subprocess.Popen(
             [sys.executable, SCRIPT, *needles, "--output", tmp_path / "out", "--distributed", f"{address},2,{i}"],

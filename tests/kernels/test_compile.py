@@ -15,6 +15,7 @@ import pytest
 FOLDER = Path(__file__).parent
 ENVIRONMENT = {  # beside conftest.py's, which keeps libtpu from looking for a chip
     "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # by several processes at a time
     "PYTHONPATH": os.pathsep.join([str(FOLDER.parents[1]), os.environ.get("PYTHONPATH", "")]),
 }
