@@ -184,7 +184,7 @@ class ModelEngine:
         """The tokens that end an answer."""
         if self.protocol is None:
             return self.model.config.stop_tokens
-        if self.protocol.end_tokens == "tokenizer":
+        if self.protocol.end_tokens == "tokenizer" and self.tokenizer.eos_token_id is not None:
             return (int(self.tokenizer.eos_token_id),)
         return self.published_ends or self.model.config.stop_tokens
 

@@ -1,6 +1,7 @@
 """Answers of a real model: the same in a batch as alone, cut as asked, with their costs."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -115,6 +116,15 @@ def test_on_a_mesh_every_device_has_rows(engine, needles, smollm2_path):
     spread = dataclasses.replace(engine, model=fk.load_model(smollm2_path, dtype="float32", mesh=mesh))
     batch = [engine.encode(sample) for sample in needles[:1]]
     assert without_times(spread.answer(batch)) == without_times(engine.answer(batch))
+
+
+def test_what_ends_an_answer_is_what_the_protocol_names(engine, tokenizer):
+    models = engine.model.config.stop_tokens
+    assert engine._ends() == models == dataclasses.replace(engine, protocol=UPSTREAM)._ends()
+    assert dataclasses.replace(engine, protocol=UPSTREAM, published_ends=(5,))._ends() == (5,)
+    assert dataclasses.replace(engine, protocol=FASTKV)._ends() == (tokenizer.eos_token_id,)
+    nameless = SimpleNamespace(eos_token_id=None)  # a tokenizer that names no end
+    assert dataclasses.replace(engine, protocol=FASTKV, tokenizer=nameless)._ends() == models
 
 
 # --------------------------------------------------------------------------------------------------------- prompts
