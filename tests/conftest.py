@@ -44,6 +44,7 @@ SLOW = (
     "test_golden_reference.py",
     "test_chunks.py",
 )
+# On the other Python: every method and kernel, prefill and decode by each method, checkpoints, text, one command line.
 QUICK = (
     "methods/",
     "kernels/test_decode_attention.py",
@@ -53,7 +54,12 @@ QUICK = (
     "kernels/test_quantize.py",
     "kernels/test_select.py",
     "kernels/test_window_scores.py",
-    "test_inference.py",
+    "test_inference.py::test_prefill_of_a_ragged_batch_agrees_with_the_oracle",
+    "test_inference.py::test_greedy_tokens_agree_with_the_oracle",
+    "test_inference.py::test_prefill_that_reports_progress_is_the_same",
+    "test_inference.py::test_generate_equals_repeated_decode_steps",
+    "test_inference.py::test_a_row_ends_at_its_stop_token_and_is_padded_after_it",
+    "test_inference.py::test_a_cache_of_8_bits_is_near_and_keeps_the_same_entries",
     "checkpoint/",
     "test_text.py",
     "cli/test_generate.py::test_only_the_answer_goes_to_stdout",
