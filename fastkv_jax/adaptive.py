@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from fastkv_jax.cache import KVCache, SegmentKV
 from fastkv_jax.inputs import Prompt
@@ -63,13 +64,14 @@ def run_adaptive(
     batch = prompt.tokens.shape[0]
     done = []
     for b in range(batch):
-        one = Prompt(prompt.tokens[b : b + 1], prompt.start[b : b + 1], prompt.window_end[b : b + 1])
+        tokens, start = (lax.dynamic_slice_in_dim(a, b, 1) for a in (prompt.tokens, prompt.start))
+        one = Prompt(tokens, start, prompt.window_end[b : b + 1])
         report_once = report if b == batch - 1 else None
         mine = None if past is None else past.row(b)
         done.append(_one_row(model, one, mine, static, call, report_once, disagreement or _disagreement))
     if batch == 1:
         return done[0]
-    return _stack(done)
+    return call(_stack, done)
 
 
 def _one_row(model: Llama, prompt: Prompt, past, static: Static, call, report, disagreement) -> Prefill:
@@ -111,7 +113,7 @@ def _disagreement(method: Adaptive, at: Progress, layer: int, tokens: np.ndarray
     n = rows.positions.shape[1] - start
     if tokens[n] >= n:
         return np.inf
-    scores = np.asarray(at.token_scores[-min(layer + 1, len(at.token_scores)) :, 0, start : stop - window])
+    scores = np.asarray(at.token_scores)[-min(layer + 1, len(at.token_scores)) :, 0, start : stop - window]
     return method.disagreement(scores, max(int(tokens[n]) - window, 1))
 
 
@@ -124,10 +126,15 @@ def joined(segments: list[SegmentKV]) -> SegmentKV:
     """Runs of layers as one, empty slots added in front of the shorter ones: decoding compiles once."""
     slots = max(segment.k.shape[3] for segment in segments)
 
-    widened = [segment.widened(slots) for segment in segments]
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *widened)
+    return _concatenated([segment.widened(slots) for segment in segments])
 
 
+@jax.jit
+def _concatenated(segments: list[SegmentKV]) -> SegmentKV:
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *segments)
+
+
+@jax.jit
 def _stack(rows: list[Prefill]) -> Prefill:
     """Rows of one batch, each prefilled alone."""
     first = rows[0].cache

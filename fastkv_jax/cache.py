@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
@@ -196,10 +197,7 @@ class KVCache:
 
     def row(self, index: int) -> "KVCache":
         """The cache of one row of the batch."""
-        one = slice(index, index + 1)
-        segments = jax.tree.map(lambda a: a[:, one], self.segments)
-        k_new, v_new = self.k_new[:, one], self.v_new[:, one]
-        return KVCache(segments, k_new, v_new, self.used, self.filled[one], self.position[one])
+        return _row(self, index)
 
     def folded(self) -> "KVCache":
         """Decoded tokens as prompt entries; the buffer is left without slots."""
@@ -210,6 +208,13 @@ class KVCache:
 
 def _in_one_row(a: Array) -> Array:
     return a.reshape(*a.shape[:-2], 1, -1)
+
+
+@jax.jit
+def _row(cache: KVCache, index) -> KVCache:
+    one = lambda a, axis=1: lax.dynamic_slice_in_dim(a, index, 1, axis)  # noqa: E731
+    segments, k_new, v_new = jax.tree.map(one, (cache.segments, cache.k_new, cache.v_new))
+    return KVCache(segments, k_new, v_new, cache.used, one(cache.filled, 0), one(cache.position, 0))
 
 
 @jax.jit

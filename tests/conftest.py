@@ -28,16 +28,26 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-# Files that take a minute or more come first, the longest before the others: whoever is free takes the next file.
+# The files that take longest come first, the longest before the others: whoever is free takes the next file.
 SLOW = (
     "cli/test_aot_compile.py",
     "test_inference.py",
-    "test_turns.py",
+    "test_meshes.py",
     "evals/test_engine.py",
+    "cli/test_evaluate.py",
+    "cli/test_lm_eval.py",
+    "cli/test_benchmark.py",
+    "cli/test_generate.py",
+    "test_turns.py",
+    "methods/test_contract.py",
+    "kernels/test_decode_attention.py",
+    "test_golden_real.py",
     "kernels/test_compile.py",
-    "evals/test_one_pass.py",
-    "evals/test_compare.py",
+    "cli/test_compile_cache.py",
+    "test_golden_reference.py",
+    "test_chunks.py",
 )
+# On the other Python: every method and kernel, prefill and decode by each method, checkpoints, text, one command line.
 QUICK = (
     "methods/",
     "kernels/test_decode_attention.py",
@@ -47,7 +57,12 @@ QUICK = (
     "kernels/test_quantize.py",
     "kernels/test_select.py",
     "kernels/test_window_scores.py",
-    "test_inference.py",
+    "test_inference.py::test_prefill_of_a_ragged_batch_agrees_with_the_oracle",
+    "test_inference.py::test_greedy_tokens_agree_with_the_oracle",
+    "test_inference.py::test_prefill_that_reports_progress_is_the_same",
+    "test_inference.py::test_generate_equals_repeated_decode_steps",
+    "test_inference.py::test_a_row_ends_at_its_stop_token_and_is_padded_after_it",
+    "test_inference.py::test_a_cache_of_8_bits_is_near_and_keeps_the_same_entries",
     "checkpoint/",
     "test_text.py",
     "cli/test_generate.py::test_only_the_answer_goes_to_stdout",
@@ -72,6 +87,9 @@ def shared_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", 4 << 30)  # with a limit, JAX locks the folder
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.block_until_ready(
+        jax.numpy.zeros(1)
+    )  # JAX asks once whether it may keep programs: now, not under a test's flags
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures of modules, which compile

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 import fastkv_jax as fk
-from examples import model_a
+from examples import layers, model_a
 from fastkv_jax import calibrating as module
 from fastkv_jax import generation, presets, stages
 from fastkv_jax.calibrating import Sample, longest_run, make_samples
@@ -103,7 +103,7 @@ def test_the_share_kept_is_what_each_layers_heads_keep_of_the_full_context(setti
         for method in (alone, fastkv(TRIED, 2)) if setting == TRIED and layer <= 2 else (alone,):
             heads = []
             for i, first, stop in spans():
-                kept = np.asarray(read(i, method).cache.layer(layer).positions[0])
+                kept = layers(read(i, method).cache)[layer].positions[0]
                 heads.append([np.isin(np.arange(first, stop), head).mean() for head in kept])
             assert found().kept_mean[place, layer] == pytest.approx(np.mean(heads), abs=1e-12)
             assert found().kept_best[place, layer] == pytest.approx(np.max(heads, axis=1).mean(), abs=1e-12)

@@ -16,7 +16,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import fastkv_jax as fk
-from examples import BUCKET, EXAMPLES, LENGTHS, PROMPTS, model_a, ragged
+from examples import BUCKET, EXAMPLES, LENGTHS, PROMPTS, layers, model_a, ragged
 from fastkv_jax.cache import SegmentKV
 from fastkv_jax.explaining import HEADER, LEFT, MAP, STRIP, WIDTH, Explanation, resample
 
@@ -90,8 +90,8 @@ def test_it_holds_exactly_what_the_cache_holds(method, row):
     assert found.token_ids.tolist() == PROMPTS[row].tolist()
     assert found.words == tuple(map(str, PROMPTS[row]))
     assert found.heads == (model_a().config.num_kv_heads,) * model_a().config.num_layers
-    for layer, heads in enumerate(found.heads):
-        positions = np.asarray(result.cache.layer(layer).positions)[row]
+    for layer, (heads, entries) in enumerate(zip(found.heads, layers(result.cache), strict=True)):
+        positions = entries.positions[row]
         for head in range(heads):
             expected = sorted(positions[head][positions[head] >= 0])
             assert np.flatnonzero(found.kept[layer, head]).tolist() == expected

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fastkv_jax as fk
-from examples import GOLDEN, arrays, filled
+from examples import GOLDEN, arrays, filled, layers
 from fastkv_jax.generation import decode_chunks
 from fastkv_jax.methods.base import Method
 from tolerances import REAL_GAP, REAL_LOGITS, REAL_SETS
@@ -59,8 +59,7 @@ def ours(request, model) -> dict[str, np.ndarray]:
         arrays_of = {"logits": np.asarray(prompt.logits)}
         if prompt.propagated is not None:
             arrays_of["propagated"] = np.asarray(prompt.propagated)
-        layers = range(model.config.num_layers)
-        arrays_of |= {f"positions_{i}": np.asarray(prompt.cache.layer(i).positions) for i in layers}
+        arrays_of |= {f"positions_{i}": entries.positions for i, entries in enumerate(layers(prompt.cache))}
         chunks = decode_chunks(model, prompt, max_new_tokens=STEPS, stop_tokens=())
         arrays_of["tokens"] = np.concatenate([chunk for chunk, _ in chunks], axis=1)
         RUNS[method] = {other: {key: a[b] for key, a in arrays_of.items()} for b, other in enumerate(names)}

@@ -248,7 +248,7 @@ def test_bfloat16_runs_and_is_near(method: Method):
     model = fk.load_model(MODEL_A, dtype="bfloat16")
     prompt = fk.prefill(model, *batch(), method=method, max_new_tokens=NEW)
     assert prompt.logits.dtype == jnp.float32
-    assert prompt.cache.layer(0).k.dtype == prompt.cache.k_new.dtype == jnp.bfloat16
+    assert prompt.cache.segments[0].k.dtype == prompt.cache.k_new.dtype == jnp.bfloat16
     full = method == fk.FullKV()
     rows = slice(None) if full else slice(0, 3)  # of longer prompts, rounding may keep other entries
     np.testing.assert_allclose(prompt.logits[rows], ragged(method).logits[rows], rtol=0, atol=LOGITS_BF16)
@@ -363,8 +363,7 @@ def test_a_cache_of_8_bits_is_near_and_keeps_the_same_entries(name: str, dtype: 
     whole = ragged(method)
     small = fk.prefill(model_a(), *batch(), method=method, max_new_tokens=NEW, kv_dtype=dtype)
     np.testing.assert_array_equal(small.logits, whole.logits)
-    for i in range(LAYERS):
-        one, two = small.cache.layer(i), whole.cache.layer(i)
+    for one, two in zip(layers(small.cache), layers(whole.cache), strict=True):
         np.testing.assert_array_equal(one.positions, two.positions)
         np.testing.assert_allclose(one.k, two.k, rtol=0.1, atol=0.1)
     entry = lambda cache: sum(a.nbytes for a in jax.tree.leaves(cache.segments))  # noqa: E731

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fastkv_jax as fk
-from examples import BUCKET, EXAMPLES, GOLDEN, MODEL_A, NEW, PROMPTS, arrays, filled_by_head, model_a
+from examples import BUCKET, EXAMPLES, GOLDEN, MODEL_A, NEW, PROMPTS, arrays, filled_by_head, layers, model_a
 from fastkv_jax.cli.hlo_flops import flops
 from fastkv_jax.generation import Generated, compile_decode
 from fastkv_jax.methods.base import Method
@@ -27,7 +27,6 @@ MESHES = {
     "data=2, model=2, sequence=2": {"data": 2, "model": 2, "sequence": 2},
 }
 ROWS = [*PROMPTS, PROMPTS[3][:40], PROMPTS[5][:200]]
-LAYERS = 4
 METHODS = {name: examples[0] for name, examples in EXAMPLES.items()} | {
     "fastkv, several TSP layers": EXAMPLES["fastkv"][3],
     "fastkv with a flat cache": EXAMPLES["fastkv"][4],
@@ -68,8 +67,8 @@ def alone(name: str) -> Generated:
 def test_every_method_keeps_and_says_the_same(name: str, mesh: str):
     ours, theirs = made(spread_model(mesh), METHODS[name]), alone(name)
     np.testing.assert_array_equal(ours.tokens, theirs.tokens)
-    for i in range(LAYERS):
-        one, two = ours.cache.layer(i), theirs.cache.layer(i)
+    here = jax.tree.map(np.asarray, ours.cache)  # so that one program takes the layers out, whatever the mesh
+    for one, two in zip(layers(here), layers(theirs.cache), strict=True):
         for row in range(len(ROWS)):
             for mine, other in zip(*(filled_by_head(a.positions[row]) for a in (one, two)), strict=True):
                 np.testing.assert_array_equal(mine, other)
@@ -157,7 +156,6 @@ def test_a_trained_model_keeps_and_says_the_same_on_three_devices(smollm2_path: 
         for model in (thirds, fk.load_model(smollm2_path, dtype="float32"))
     )
     np.testing.assert_array_equal(ours.tokens, theirs.tokens)
-    for i in range(30):
-        kept = ours.cache.layer(i).positions
-        assert (kept >= 0).sum(axis=-1).tolist() == [[60, 60, 60]]
-        np.testing.assert_array_equal(kept, theirs.cache.layer(i).positions)
+    for one, two in zip(layers(ours.cache), layers(theirs.cache), strict=True):
+        assert (one.positions >= 0).sum(axis=-1).tolist() == [[60, 60, 60]]
+        np.testing.assert_array_equal(one.positions, two.positions)

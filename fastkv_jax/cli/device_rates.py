@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LEAST_S = 0.1  # of the calls that are subtracted: far above a clock's and a dispatch's noise
+SIZES = {"cpu": (1 << 26, 2048)}  # numbers that are copied, and the side of the product
+LARGE = (1 << 29, 8192)  # on the other platforms
 
 
 @dataclass
@@ -27,9 +29,8 @@ def yardsticks(platform: str) -> tuple[Case, Case]:
     import jax
     import jax.numpy as jnp
 
-    small = platform == "cpu"
-    dtype = jnp.dtype("float32" if small else "bfloat16")
-    many, side = (1 << 26) if small else (1 << 29), 2048 if small else 8192
+    dtype = jnp.dtype("float32" if platform == "cpu" else "bfloat16")
+    many, side = SIZES.get(platform, LARGE)
     one, two = jax.random.normal(jax.random.key(0), (2, side, side), dtype)
     two = two / jnp.asarray(side**0.5, dtype)
     copy = Case("copy", f"{many * dtype.itemsize >> 20} MiB", lambda x: -x,

@@ -10,8 +10,13 @@ from fastkv_jax.errors import BackendError
 KERNELS = ["kernels", "--platform", "cpu", "--quiet", "--no-compile-cache", "--repeats", "1", "--rows", "1"]
 
 
-def test_every_kernel_is_set_against_the_copy_and_the_product(monkeypatch, capsys):
+@pytest.fixture(autouse=True)
+def small_yardsticks(monkeypatch):
     monkeypatch.setattr(device_rates, "LEAST_S", 1e-3)
+    monkeypatch.setitem(device_rates.SIZES, "cpu", (1 << 20, 256))
+
+
+def test_every_kernel_is_set_against_the_copy_and_the_product(capsys):
     assert benchmark.main([*KERNELS, "--tokens", "256", "--slots", "128", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["copy_bytes_per_s"] != 0 and found["product_flops_per_s"] != 0 and found["kernels"] == "reference"
@@ -23,15 +28,13 @@ def test_every_kernel_is_set_against_the_copy_and_the_product(monkeypatch, capsy
     assert decode["target"] == 0.75 and small["bytes"] < 0.6 * decode["bytes"]
 
 
-def test_a_table_without_json(monkeypatch, capsys):
-    monkeypatch.setattr(device_rates, "LEAST_S", 1e-3)
+def test_a_table_without_json(capsys):
     assert benchmark.main([*KERNELS, "--tokens", "128", "--slots", "1"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("cpu, jax") and "| decode_attention | B·K 8, C 1, int8 |" in out
 
 
-def test_methods_race_against_full_context_and_the_arithmetic(monkeypatch, capsys, tmp_path, tiny_model):
-    monkeypatch.setattr(device_rates, "LEAST_S", 1e-3)
+def test_methods_race_against_full_context_and_the_arithmetic(capsys, tmp_path, tiny_model):
     words = ["--model", str(tiny_model), "--platform", "cpu", "--quiet", "--no-compile-cache", "--repeats", "2"]
     settings = ["--retention-rate", "0.1", "--min-prompt-to-compress", "0"]
     more = ["--tokens", "300", "380", "--batch", "2", "--new-tokens", "16", "--methods", "fastkv", "snapkv"]

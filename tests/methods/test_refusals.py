@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import fastkv_jax as fk
-from examples import EXAMPLES, NEW, model_a, ragged
+from examples import EXAMPLES, NEW, layers, model_a, ragged
 
 NEEDS: dict[str, dict[str, Any]] = {
     "fastkv": {"tsp_layer": 1},
@@ -123,7 +123,7 @@ def test_a_budget_above_the_prompt_keeps_all_of_it(name: str):
     result = fk.prefill(
         model_a(), [list(range(40))], method=kind(capacity=5000, **tsp, **NEEDS.get(name, {})), max_new_tokens=NEW
     )
-    assert all((result.cache.layer(i).positions[0, 0] >= 0).sum() == 40 for i in range(4))
+    assert [(entries.positions[0, 0] >= 0).sum() for entries in layers(result.cache)] == [40] * 4
 
 
 def test_heads_that_share_a_budget_cost_no_more_memory():

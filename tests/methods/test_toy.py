@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastkv_jax as fk
-from examples import LENGTHS, NEW, PROMPTS, filled, model_a, ragged
+from examples import LENGTHS, NEW, PROMPTS, filled, layers, model_a, ragged
 from fastkv_jax import methods
 from fastkv_jax.methods import Layer, Scores, Segment
 from fastkv_jax.methods.compression import Compression
@@ -53,8 +53,8 @@ def test_a_score_alone_makes_a_method():
         kept = min(n, max(2, int(n * 0.3)))
         expected = sorted(sorted(range(max(n - 2, 0)), key=lambda p: (p % 2, p))[: max(kept - 2, 0)])
         expected += range(max(n - 2, 0), n)
-        for layer in range(4):
-            assert filled(result.cache.layer(layer).positions[row]).tolist() == [expected] * 2
+        for entries in layers(result.cache):
+            assert filled(entries.positions[row]).tolist() == [expected] * 2
     made = fk.generate(
         model_a(), *fk.pad_batch(PROMPTS), method=EveryOther(retention_rate=0.3), max_new_tokens=NEW, stop_tokens=()
     )
@@ -63,16 +63,17 @@ def test_a_score_alone_makes_a_method():
 
 def test_a_plan_and_a_score_make_a_method():
     result = ragged(Halves())
+    entries = layers(result.cache)
     for row, n in enumerate(LENGTHS):
         half = (n + 1) // 2
         for layer, kept in enumerate((n, half, (half + 1) // 2, (half + 1) // 2)):
-            assert filled(result.cache.layer(layer).positions[row]).tolist() == [list(range(n - kept, n))] * 2
+            assert filled(entries[layer].positions[row]).tolist() == [list(range(n - kept, n))] * 2
         assert filled(result.propagated[row][None]).tolist() == [list(range(n - (half + 1) // 2, n))]
 
 
 def test_it_can_be_a_part_of_another():
     method = fk.FastKV(tsp_layer=1, tsp_rate=0.5, compression=EveryOther(retention_rate=0.25, window_size=2))
-    positions = filled(ragged(method).cache.layer(0).positions[5])
+    positions = filled(layers(ragged(method).cache)[0].positions[5])
     assert (positions[:, :-8] % 2 == 0).all()
     chosen = fk.FastKV(tsp_layer=1, tsp_rate=0.4, selection=EveryOther(), retention_rate=0.2)
     propagated = filled(ragged(chosen).propagated[5][None])
