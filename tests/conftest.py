@@ -87,9 +87,7 @@ def shared_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", 4 << 30)  # with a limit, JAX locks the folder
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    jax.block_until_ready(
-        jax.numpy.zeros(1)
-    )  # JAX asks once whether it may keep programs: now, not under a test's flags
+    jax.numpy.zeros(1)  # JAX asks once whether it may keep programs: now, not under a test's flags
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures of modules, which compile
