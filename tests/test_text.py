@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -468,12 +468,14 @@ def test_custom_code_is_refused(tmp_path):
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=20))
+@example("a\ufffd")  # could become another character with the next token, so it is held back
 def test_stream_is_exact(sample):
     tokenizer = small_tokenizer()
     ids = text.encode_raw(tokenizer, sample).token_ids
     stream = text.TextStream(tokenizer)
     pieces = [stream.push(i) for i in ids]
-    assert "".join(pieces) == sample and stream.flush() == ""
+    said = "".join(pieces)
+    assert said + stream.flush() == sample and (said == sample or sample.endswith("\ufffd"))
     assert all("\ufffd" not in piece or "\ufffd" in sample for piece in pieces)
 
 
