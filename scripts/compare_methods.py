@@ -70,6 +70,11 @@ def render(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def shares(words: str) -> tuple[float, ...]:
+    """0.1,0.2 -> 0.1, 0.2."""
+    return tuple(map(float, filter(None, words.split(","))))
+
+
 def main() -> int:
     """Run the command; returns the exit code."""
     parser = common.Parser(prog="compare_methods.py", description=__doc__)
@@ -77,7 +82,9 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=16, help="needles of each of the two kinds, >= 1")
     parser.add_argument("--texts", type=int, default=4, help="texts for the perplexity, of 2,048 tokens")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--budgets", default="0.1,0.2,0.5", help="shares of the entries that stay, or none")
+    parser.add_argument(
+        "--budgets", type=shares, default="0.1,0.2,0.5", help="shares of the entries that stay, or none"
+    )
     parser.add_argument("--kv-dtypes", default="", help="also full context and the preset with caches of int8, ...")
     parser.add_argument("--haystack", type=Path, metavar="FOLDER")
     parser.add_argument("--output", type=Path)
@@ -94,7 +101,7 @@ def _compare(options: argparse.Namespace) -> int:
     model, tokenizer = fk.load_model(options.model, dtype=options.dtype), fk.load_tokenizer(options.model)
     layers = model.config.num_layers
     rows = [Row("full@100 %", fk.FullKV())]
-    for rate in map(float, filter(None, options.budgets.split(","))):
+    for rate in options.budgets:
         rows += [Row(f"{name}@{rate:.0%}".replace("%", " %"), method) for name, method in methods_at(rate, layers)]
     preset = presets.build("fastkv", presets.for_model(options.model), {}, layers)
     rows += [Row("fastkv@preset", preset), *([Row("pyramidinfer@", fk.PyramidInfer())] if options.budgets else [])]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gguf.constants import GGMLQuantizationType
 
 PART = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-PIECE = re.compile(r"(?P<whole>.+\.gguf)[-._](split|part|chunk)?[-._]?([a-z]{1,2}|\d{1,4})([-_]?of[-_]?\d+)?", re.I)
+PIECE = re.compile(r"(?P<whole>.+\.gguf)[-._](split|part|chunk)?[-._]?(a?[a-z]|\d{1,4})([-_]?of[-_]?\d+)?", re.I)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 MAX_DIMENSIONS = 4

@@ -91,6 +91,12 @@ def test_a_piece_of_a_file_is_to_be_joined(tmp_path, name):
         resolve(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["m.gguf.bk", "m.gguf.gz", "m.gguf-old"])
+def test_a_whole_file_of_another_name_is_no_piece(tmp_path, name):
+    (tmp_path / name).write_bytes(b"GGUF")
+    assert resolve(tmp_path / name).kind == "gguf"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
