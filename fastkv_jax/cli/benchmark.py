@@ -51,7 +51,7 @@ class Series:
         self.whole.append(timing.whole)
 
     def row(self, full: "Series", device: dict[str, float]) -> dict[str, Any]:
-        """Medians, ranges, how many times faster than full context, and shares of what the device can do."""
+        """Medians, ranges, how many times faster than full context, and shares of what the device can do, if known."""
         found: dict[str, Any] = {"tokens": self.tokens, "name": self.name}
         for name in ("prefill", "decode", "whole"):
             mine, theirs = getattr(self, name), getattr(full, name)
@@ -62,8 +62,9 @@ class Series:
             found["scoring_share"] = statistics.median(self.scoring) / found["prefill_s"]
         found["prefill_limit"] = full.flops / self.flops
         found["decode_limit"] = full.step_bytes / self.step_bytes
-        found["share_of_product"] = self.flops / found["prefill_s"] / device["product_flops_per_s"]
-        found["share_of_copy"] = self.step_bytes / found["decode_s"] / device["copy_bytes_per_s"]
+        if device:
+            found["share_of_product"] = self.flops / found["prefill_s"] / device["product_flops_per_s"]
+            found["share_of_copy"] = self.step_bytes / found["decode_s"] / device["copy_bytes_per_s"]
         return found
 
 
@@ -86,6 +87,8 @@ def parser() -> common.Parser:
                        "beside full context (default: the one of --method)")  # fmt: skip
     group.add_argument("--peer", choices=(TRANSFORMERS,), help="also time transformers' full context (PyTorch, the "
                        "same weights and dtype, sdpa)")  # fmt: skip
+    group.add_argument("--no-rates", action="store_true", help="do not measure what the device can do; the table has "
+                       "no shares of it then")  # fmt: skip
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     group.add_argument("--output", metavar="FOLDER", help="also write speed.json, speed.md and speed.png there")
@@ -149,7 +152,7 @@ def _benchmark(options: argparse.Namespace, platform: str, dtype: str) -> None:
         if given != "full":
             say.line("preset", preset.describe(given, method))
             methods[given] = method
-    yard = yardsticks(platform)
+    yard = () if options.no_rates else yardsticks(platform)
     measures = [timer(case) for case in yard]
     competitor = _competitor(model) if options.peer else None
     series: list[tuple[Series, Series]] = []  # with full context of the same length
@@ -172,9 +175,9 @@ def _benchmark(options: argparse.Namespace, platform: str, dtype: str) -> None:
                 for known, run in runs.items():
                     with jax.profiler.TraceAnnotation(f"{known}, {tokens} tokens"):
                         run()
-    device = {"device": jax.local_devices()[0].device_kind, **rates(*yard)}
+    device = rates(*yard) if yard else {}
     found = {
-        **device, "jax": jax.__version__, "model": name, "dtype": dtype, "batch": options.batch,
+        "device": jax.local_devices()[0].device_kind, **device, "jax": jax.__version__, "model": name, "dtype": dtype, "batch": options.batch,
         "new_tokens": options.new_tokens, "repeats": options.repeats,
         "settings": {known: presets.settings(method) for known, method in methods.items()},
         "rows": [entry.row(full, device) for entry, full in series],

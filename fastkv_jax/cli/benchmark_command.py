@@ -92,7 +92,7 @@ def _run(options: argparse.Namespace) -> int:
             asked = ["generate", *shared, "-n", "2", "--prompt-file", str(file)]
             runs = {name: partial(wait_for, [*asked, *more]) for name, more in variants.items()}
             bare = ["benchmark", *shared, "--method", "full", "--tokens", str(count)]
-            bare += ["--new-tokens", "16", "--repeats", "1", "--json"]
+            bare += ["--new-tokens", "16", "--repeats", "1", "--no-rates", "--json"]
             device = _race(runs, partial(wait_for, bare), count, options.repeats, say, rows)
     usage = [wait_for(["generate", "--help"]) for _ in range(options.repeats)]
     result = {

@@ -23,11 +23,16 @@ HEAD = (
 
 
 def as_markdown(found: dict[str, Any]) -> str:
-    """The device's own rates and a row for each run; limits are those of the arithmetic."""
-    lines = [
+    """The device's own rates, if measured, and a row for each run; limits are those of the arithmetic."""
+    head = (
         f"{found['model']}, {found['dtype']}, batch {found['batch']}, {found['new_tokens']} new tokens, "
-        f"{found['repeats']} rounds; {found['device']}, jax {found['jax']}: a matrix product makes "
-        f"{found['product_flops_per_s'] / 1e12:,.3g} TFLOP/s, a copy moves {found['copy_bytes_per_s'] / 1e9:,.1f} GB/s",
+        f"{found['repeats']} rounds; {found['device']}, jax {found['jax']}"
+    )
+    if "product_flops_per_s" in found:
+        product, copy = found["product_flops_per_s"] / 1e12, found["copy_bytes_per_s"] / 1e9
+        head += f": a matrix product makes {product:,.3g} TFLOP/s, a copy moves {copy:,.1f} GB/s"
+    lines = [
+        head,
         "",
         f"| {' | '.join(HEAD)} |",
         f"| --: | :-- {'| --: ' * (len(HEAD) - 2)}|",
@@ -45,16 +50,20 @@ def as_markdown(found: dict[str, Any]) -> str:
             row["name"],
             f"{row['prefill_s']:.2f} ({low:.2f}–{high:.2f})",
             prefill,
-            f"{row['share_of_product']:.0%}",
-            f"{row['scoring_share']:.2%}" if "scoring_share" in row else "",
+            _share(row, "share_of_product", 0),
+            _share(row, "scoring_share", 2),
             f"{1e3 * row['decode_s']:.1f} ({quick:.1f}–{slow:.1f})",
             decode,
-            f"{row['share_of_copy']:.0%}",
+            _share(row, "share_of_copy", 0),
             f"{row['whole_s']:.2f}",
             f"{row['whole_speedup']:.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _share(row: dict[str, Any], name: str, digits: int) -> str:
+    return f"{row[name]:.{digits}%}" if name in row else ""
 
 
 def write(found: dict[str, Any], folder: str) -> None:

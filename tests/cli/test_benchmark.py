@@ -59,6 +59,14 @@ def test_methods_race_against_full_context_and_the_arithmetic(capsys, tmp_path, 
     assert list((tmp_path / "trace").rglob("perfetto_trace.json.gz"))
 
 
+def test_without_the_device_s_rates_there_are_no_shares(capsys, tiny_model):
+    words = ["--model", str(tiny_model), "--platform", "cpu", "--quiet", "--no-compile-cache", "--repeats", "1"]
+    assert benchmark.main([*words, "--tokens", "300", "--new-tokens", "16", "--method", "full", "--no-rates"]) == 0
+    head, *_, row = capsys.readouterr().out.splitlines()
+    assert "TFLOP/s" not in head
+    assert [len(cell.strip()) > 0 for cell in row.split("|")[3:8]] == [True, True, False, False, True]
+
+
 def test_what_a_user_waits_for_is_measured_from_the_outside(capsys, tiny_model):
     words = ["command", "--model", str(tiny_model), "--platform", "cpu", "--quiet", "--repeats", "1"]
     assert benchmark.main([*words, "--tokens", "100", "--chunk", "64", "--json"]) == 0
