@@ -177,7 +177,8 @@ def _benchmark(options: argparse.Namespace, platform: str, dtype: str) -> None:
                         run()
     device = rates(*yard) if yard else {}
     found = {
-        "device": jax.local_devices()[0].device_kind, **device, "jax": jax.__version__, "model": name, "dtype": dtype, "batch": options.batch,
+        "device": jax.local_devices()[0].device_kind, **device,
+        "jax": jax.__version__, "model": name, "dtype": dtype, "batch": options.batch,
         "new_tokens": options.new_tokens, "repeats": options.repeats,
         "settings": {known: presets.settings(method) for known, method in methods.items()},
         "rows": [entry.row(full, device) for entry, full in series],
