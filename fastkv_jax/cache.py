@@ -1,6 +1,7 @@
 """The KV cache as a pytree: frozen prompt entries per run of layers, and one small buffer for decoded tokens."""
 
 import dataclasses
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -204,6 +205,17 @@ class KVCache:
         if not isinstance(self.used, Tracer) and not int(self.used):
             return self
         return _fold(self)
+
+
+def joined(segments: Sequence[SegmentKV]) -> SegmentKV:
+    """Runs of layers as one, empty slots added in front of the shorter ones."""
+    slots = max(segment.k.shape[3] for segment in segments)
+    return _concatenated([segment.widened(slots) for segment in segments])
+
+
+@jax.jit
+def _concatenated(segments: list[SegmentKV]) -> SegmentKV:
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *segments)
 
 
 def _in_one_row(a: Array) -> Array:

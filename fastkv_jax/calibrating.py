@@ -24,8 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from fastkv_jax import rope, text
-from fastkv_jax.adaptive import joined
+from fastkv_jax import text
 from fastkv_jax.attention import Platform
 from fastkv_jax.buckets import pad_batch, round_up
 from fastkv_jax.calibration import Calibration, Setting, best_answering, earliest_close
@@ -34,29 +33,15 @@ from fastkv_jax.config import LlamaConfig
 from fastkv_jax.costs import layer_flops
 from fastkv_jax.errors import FastKVConfigError, InputError
 from fastkv_jax.generation import decode_chunks
-from fastkv_jax.inference import KERNELS, check_prompt, platform_of, prefill
-from fastkv_jax.inputs import Prompt, static_tail
+from fastkv_jax.inference import Prepared, platform_of, prepare
 from fastkv_jax.methods import FastKV, FullKV
-from fastkv_jax.methods.base import Layer, Method
+from fastkv_jax.methods.base import Method
 from fastkv_jax.methods.budgets import check_int
-from fastkv_jax.methods.plan import effective_budgets
+from fastkv_jax.methods.plan import Stage, effective_budgets
 from fastkv_jax.model import Llama, rms_norm
 from fastkv_jax.ops import Kernels, Ops
-from fastkv_jax.stages import (
-    Budgets,
-    Prefill,
-    Progress,
-    Stage,
-    Static,
-    budget,
-    enter,
-    enter_budgets,
-    leave,
-    propagate,
-    run_layers,
-    shape_of,
-    stages_of,
-)
+from fastkv_jax.passes import Pass, stages_of
+from fastkv_jax.stages import Prefill, Progress, observe, turns
 
 ANSWER_TILE = 8  # answers up to so many tokens longer share a compilation
 REPEATS = 3  # timed prefills of each kind
@@ -145,11 +130,16 @@ class _Run(NamedTuple):
     tokenizer: Any
     answer_slots: int  # the longest answer, rounded up
 
-    def prompt(self, sample: Sample, method: Method) -> tuple[Prompt, Static]:
-        tokens, start = pad_batch([sample.token_ids])
-        prompt = check_prompt(self.model, tokens, start, sample.window_end, method, self.max_new_tokens)
-        tail, kernels = static_tail(prompt.window_end), KERNELS[self.platform]
-        return prompt, Static(method, self.max_new_tokens, tail, self.platform, kernels)
+    def prepared(self, sample: Sample, method: Method) -> Prepared:
+        return prepare(
+            self.model, *pad_batch([sample.token_ids]), method=method, max_new_tokens=self.max_new_tokens,
+            window_end=sample.window_end, platform=self.platform,
+        )  # fmt: skip
+
+    def begun(self, sample: Sample, method: Method) -> tuple[Pass, list[Stage]]:
+        asked = self.prepared(sample, method)
+        on = Pass(self.model, asked.prompt, None, asked.static)
+        return on, stages_of(self.model, asked.prompt, asked.static)
 
 
 def calibrate(
@@ -289,7 +279,7 @@ def _check_candidates(
 def _check_prompts(run: _Run, samples: Sequence[Sample]) -> None:
     for number, sample in enumerate(samples, 1):
         try:
-            run.prompt(sample, FullKV())
+            run.prepared(sample, FullKV())
         except InputError as error:
             raise InputError(f"sample {number}: {error}") from error
 
@@ -336,24 +326,24 @@ class _Survey(NamedTuple):
 
 def _survey(run: _Run, sample: Sample, methods: tuple[FastKV, ...]) -> _Survey:
     model, num_layers, n = run.model, run.model.config.num_layers, len(sample.token_ids)
-    prompt, static = run.prompt(sample, FullKV())
-    (stage,) = stages_of(model, prompt, static)
-    budgets = enter_budgets(model, prompt, static=static)
-    at, everything = enter(model, prompt, None, static=static), budget(stage.kept, budgets, budgets.n)
+    on, (stage,) = run.begun(sample, FullKV())
+    on.enter(stage)
     plans = [effective_budgets(method, n, sample.window_end, num_layers) for method in methods]
     tokens = np.array([plan[-1].tokens for plan in plans], np.int32)
     kept = np.array([plan[0].kept for plan in plans], np.int32)
     first, stop = sample.span or (0, 0)
     answer = np.zeros(run.answer_slots, np.int32)
-    answer[: stop - first] = prompt.tokens.shape[1] - n + np.arange(first, stop)
-    segments, passed, heads = [], [], []
+    answer[: stop - first] = on.prompt.tokens.shape[1] - n + np.arange(first, stop)
+    passed, heads = [], []
     for i in range(num_layers):
-        rows, entries = _look(model, at, np.int32(i), tokens, kept, answer, methods=methods, kernels=static.kernels)
+        rows, entries = _look(
+            model, on.at, np.int32(i), tokens, kept, answer, methods=methods, kernels=on.static.kernels
+        )
         passed.append(np.asarray(rows)[:, -n:])
         heads.append(np.asarray(entries)[..., : stop - first])
-        at, new = run_layers(model, at, everything, np.array([i]), None, stage=shape_of(stage), static=static)
-        segments.append(new)
-    result = leave(model, at.x, (joined(segments),), None, budgets.n, None, static=static)
+        on.layers([i])
+    on.join()
+    result = on.finish()
     passed, heads = np.stack(passed, axis=1), np.stack(heads, axis=1)  # [M, L, n], [M, L, K, A]
     fixed = np.array([min(n, method.window_size + sample.window_end) for method in methods])
     if sample.span is None:
@@ -361,7 +351,7 @@ def _survey(run: _Run, sample: Sample, methods: tuple[FastKV, ...]) -> _Survey:
     else:
         propagated = passed[:, :, first:stop].mean(axis=2)
         mean, best = heads.mean(axis=(2, 3)), heads.mean(axis=3).max(axis=2)
-    hidden = np.asarray(_last_hidden(model, at.x))
+    hidden = np.asarray(_last_hidden(model, on.at.x))
     return _Survey(hidden, _is_right(run, result, sample), propagated, mean, best, _agreement(passed, fixed))
 
 
@@ -371,16 +361,11 @@ def _look(
 ) -> tuple[Bool[Array, "M S"], Bool[Array, "M K A"]]:
     """What each method (budgets tokens, kept [M]) would choose of the rows that enter a layer, as it would itself:
     rows that go on, and which of the columns `answer` [A] each KV head keeps."""
-    c, ops = model.config, Ops(kernels, model.mesh)
-    block = model.layer(index)
-    cos, sin = rope.angles(c.rope, c.head_dim, jnp.maximum(at.rows.positions, 0))
-    q, k, v = block.qkv(at.x, cos, sin)
-    frequencies = jnp.asarray(rope.frequencies(c.rope, c.head_dim))
+    ops = Ops(kernels, model.mesh)
+    layer = observe(model, index, at.x, at.rows, turns(model, at.rows.positions), ops)
     rows, heads = [], []
     for method, rows_out, entries in zip(methods, tokens, kept, strict=True):
-        window = jnp.full_like(at.rows.window, method.window_size)
-        seen = Layer(q, k, v, *at.rows._replace(window=window), kept=entries[None], frequencies=frequencies,
-                     wo=block.wo[...], ops=ops)  # fmt: skip
+        seen = layer._replace(window=jnp.full_like(layer.window, method.window_size), kept=entries[None])
         scores = method.scores(seen)
         rows.append(ops.among_best(seen.protect(scores.tokens)[:, None], rows_out[None, None])[0, 0])
         kv = seen.protect(scores.kv)
@@ -410,35 +395,19 @@ class _Trial(NamedTuple):
 
 def _trials(run: _Run, sample: Sample, method: FastKV, layers: Sequence[int]) -> Iterable[_Trial]:
     """The method with each of the (rising) layers as TSP layer: the layers before it are run once for all."""
-    model = run.model
-    prompt, static = run.prompt(sample, method)
-    before, *rest = stages_of(model, prompt, static)
-    after = rest[0] if rest else before  # a budget of all makes one stage
-    budgets = enter_budgets(model, prompt, static=static)
-    at, kept = enter(model, prompt, None, static=static), budget(before.kept[:1], budgets, budgets.n)
-    segments = []
+    on, (before, *rest) = run.begun(sample, method)
+    after = rest[0] if rest else before._replace(kept=before.kept[-1:])  # a budget of all makes one stage
+    on.enter(before._replace(kept=before.kept[:1]))
     for i in range(layers[-1] + 1):
-        at, new = run_layers(model, at, kept, np.array([i]), None, stage=shape_of(before), static=static)
-        segments.append(new)
+        on.layers([i])
         if i in layers:
-            x, result = _branch(model, prompt, static, budgets, after, at, segments)
-            yield _Trial(np.asarray(_last_hidden(model, x)), _is_right(run, result, sample))
-
-
-def _branch(
-    model: Llama, prompt: Prompt, static: Static, budgets: Budgets, after: Stage, at: Progress, segments: list
-) -> tuple[Float[Array, "B S E"], Prefill]:
-    """From the layers whose `segments` are given to the end, with TSP between them: final rows, and the result."""
-    rows_in, propagated, segments = budgets.n, None, list(segments)
-    if after.propagates:
-        rows_in = budget(after.tokens, budgets, budgets.n)
-        at = propagate(model, prompt, at, rows_in, stage=shape_of(after), static=static)
-        propagated = at.rows.positions
-    kept = budget(after.kept[-1:], budgets, rows_in)
-    for i in range(len(segments), model.config.num_layers):
-        at, new = run_layers(model, at, kept, np.array([i]), None, stage=shape_of(after), static=static)
-        segments.append(new)
-    return at.x, leave(model, at.x, (joined(segments),), None, budgets.n, propagated, static=static)
+            trial = on.branch()
+            trial.enter(after)
+            for j in range(i + 1, run.model.config.num_layers):
+                trial.layers([j])
+            trial.join()
+            hidden = np.asarray(_last_hidden(run.model, trial.at.x))
+            yield _Trial(hidden, _is_right(run, trial.finish(), sample))
 
 
 @jax.jit
@@ -481,14 +450,11 @@ def _flops_share(config: LlamaConfig, method: FastKV, sample: Sample) -> float:
 
 def _race(run: _Run, sample: Sample, method: FastKV) -> tuple[float, float]:
     """Median seconds of prefill, full and with the method, in turns; the first turn compiles and does not count."""
-    tokens, start = pad_batch([sample.token_ids])
     seconds: dict[Method, list[float]] = {FullKV(): [], method: []}
     for turn in range(REPEATS + 1):
         for contestant, times in seconds.items():
             began = time.perf_counter()
-            result = prefill(run.model, tokens, start, method=contestant, max_new_tokens=run.max_new_tokens,
-                             window_end=sample.window_end, platform=run.platform)  # fmt: skip
-            jax.block_until_ready(result)
+            jax.block_until_ready(run.prepared(sample, contestant).run())
             times += [time.perf_counter() - began] if turn else []
     full, chosen = (statistics.median(times) for times in seconds.values())
     return full, chosen

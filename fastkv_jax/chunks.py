@@ -27,8 +27,9 @@ from fastkv_jax.cache import KVCache, SegmentKV
 from fastkv_jax.inputs import Prompt
 from fastkv_jax.methods.base import Layer, Method, Scores, Segment
 from fastkv_jax.model import Llama
+from fastkv_jax.passes import run_jit, stages_of
 from fastkv_jax.select import choose
-from fastkv_jax.stages import Prefill, Static, run_jit, stages_of
+from fastkv_jax.stages import Prefill, Static
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Chunks:
 
     model: Llama
     prompt: Prompt  # not traced
-    whole: Static  # of the prefill that was asked for
+    static: Static  # of the prefill that was asked for
     size: int
 
     @cached_property
@@ -94,7 +95,7 @@ class Chunks:
     @cached_property
     def questions(self) -> np.ndarray:
         """[B] tokens that are read with every chunk, at least the last one."""
-        window = self.whole.method.window(self.lengths)
+        window = self.static.method.window(self.lengths)
         return np.minimum(np.maximum(np.where(window > 0, window + self.prompt.window_end, 0), 1), self.lengths)
 
     @cached_property
@@ -108,18 +109,18 @@ class Chunks:
         return max(-(-int((self.lengths - self.questions).max()) // self.size), 1)
 
     @cached_property
-    def static(self) -> Static:
+    def each(self) -> Static:
         """Of the program that reads a chunk."""
-        method = ChunkOf(self.whole.method, int(self.lengths.max()), int(self.questions.max()))
-        return self.whole._replace(method=method, max_new_tokens=0, extends=False)
+        method = ChunkOf(self.static.method, int(self.lengths.max()), int(self.questions.max()))
+        return self.static._replace(method=method, max_new_tokens=0, extends=False)
 
     @cached_property
     def slots(self) -> list[int]:
         """Slots of each run of layers that hold what a chunk keeps without the question."""
         c, most = self.model.config, self.size + int(self.questions.max())
-        always = int(self.questions.min()) if self.static.method.window(np.array([most]))[0] else 0
+        always = int(self.questions.min()) if self.each.method.window(np.array([most]))[0] else 0
         first = self.chunk(0).prompt
-        stages = [stage for stage in stages_of(self.model, first, self.static) if stage.first < stage.stop]
+        stages = [stage for stage in stages_of(self.model, first, self.each) if stage.first < stage.stop]
         return [
             max(int(stage.kept[:, most].max()) - always, 0) * (c.num_kv_heads if stage.shared else 1)
             for stage in stages
@@ -142,7 +143,7 @@ class Chunks:
     def room(self) -> tuple[SegmentKV, ...]:
         """Empty slots for what all chunks keep, and the question."""
         first = self.chunk(0)
-        kept = jax.eval_shape(partial(run_jit, static=self.static), self.model, first.prompt, None).cache.segments
+        kept = jax.eval_shape(partial(run_jit, static=self.each), self.model, first.prompt, None).cache.segments
         found = []
         for segment, slots in zip(kept, self.slots, strict=True):
             more = (self.count - 1) * slots
@@ -159,34 +160,32 @@ class Chunks:
         heads, dtype = self.model.config.num_kv_heads, self.model.dtype
         return KVCache.empty_after(segments, jnp.asarray(before, jnp.int32), 0, heads, dtype)
 
+    def run(self, report: Callable[[int], object] | None = None) -> Prefill:
+        """The loop; `report` takes the layers done since the last call, over all chunks as many as the model has."""
+        segments, passed = self.room(), []
+        layers = self.model.config.num_layers
+        for index in range(self.count):
+            chunk, last = self.chunk(index), index == self.count - 1
+            read = run_jit(self.model, chunk.prompt, self.past(segments, chunk.before), static=self.each)
+            stop = jnp.asarray(chunk.stop if not last else self.lengths)
+            slots = self.slots if not last else [segment.k.shape[3] for segment in read.cache.segments]
+            at = tuple(index * mine for mine in self.slots)
+            segments = _store(segments, read.cache.segments, stop, jnp.asarray(at), slots=tuple(slots))
+            if read.propagated is not None:
+                passed.append(jnp.where(read.propagated < stop[:, None], read.propagated, -1))
+            if report is not None:
+                jax.block_until_ready(segments)
+                report(layers * (index + 1) // self.count - layers * index // self.count)
+        c, room = self.model.config, self.static.max_new_tokens
+        position = jnp.asarray(self.lengths, jnp.int32)
+        cache = KVCache.empty_after(segments, position, room, c.num_kv_heads, self.model.dtype)
+        return Prefill(read.logits, cache, jnp.concatenate(passed, axis=1) if passed else None)
 
-def prefill_in_chunks(chunks: Chunks, report: Callable[[int], object] | None = None) -> Prefill:
-    """The loop; `report` takes the layers done since the last call, over all chunks as many as the model has."""
-    segments, passed = chunks.room(), []
-    layers = chunks.model.config.num_layers
-    for index in range(chunks.count):
-        chunk, last = chunks.chunk(index), index == chunks.count - 1
-        read = run_jit(chunks.model, chunk.prompt, chunks.past(segments, chunk.before), static=chunks.static)
-        stop = jnp.asarray(chunk.stop if not last else chunks.lengths)
-        slots = chunks.slots if not last else [segment.k.shape[3] for segment in read.cache.segments]
-        at = tuple(index * mine for mine in chunks.slots)
-        segments = _store(segments, read.cache.segments, stop, jnp.asarray(at), slots=tuple(slots))
-        if read.propagated is not None:
-            passed.append(jnp.where(read.propagated < stop[:, None], read.propagated, -1))
-        if report is not None:
-            jax.block_until_ready(segments)
-            report(layers * (index + 1) // chunks.count - layers * index // chunks.count)
-    c, room = chunks.model.config, chunks.whole.max_new_tokens
-    position = jnp.asarray(chunks.lengths, jnp.int32)
-    cache = KVCache.empty_after(segments, position, room, c.num_kv_heads, chunks.model.dtype)
-    return Prefill(read.logits, cache, jnp.concatenate(passed, axis=1) if passed else None)
-
-
-def compile_chunks(chunks: Chunks) -> None:
-    """Compile the program that reads a chunk."""
-    chunk = chunks.chunk(0)
-    past = jax.eval_shape(lambda: chunks.past(chunks.room(), chunk.before))
-    run_jit.lower(chunks.model, chunk.prompt, past, static=chunks.static).compile()
+    def compile(self, report: Callable[[int], object] | None = None) -> None:
+        """Compile what `run` will call, which is the same with a report and without."""
+        chunk = self.chunk(0)
+        past = jax.eval_shape(lambda: self.past(self.room(), chunk.before))
+        run_jit.lower(self.model, chunk.prompt, past, static=self.each).compile()
 
 
 @partial(jax.jit, static_argnames=("slots",), donate_argnames=("segments",))

@@ -6,7 +6,7 @@ prefill -> first token -> [decode, sample] x CHUNK -> tokens to the host -> [dec
 import dataclasses
 from collections.abc import Generator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,9 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Int, Key
 
-from fastkv_jax.attention import Platform
 from fastkv_jax.cache import KVCache
 from fastkv_jax.errors import CheckpointError, InputError
-from fastkv_jax.inference import KERNELS, Prefill, decode, platform_of, prefill
-from fastkv_jax.methods.base import Method
+from fastkv_jax.inference import KERNELS, Prefill, PrefillOptions, decode, platform_of, prefill
 from fastkv_jax.model import Llama
 from fastkv_jax.ops import Kernels
 from fastkv_jax.sampling import Greedy, Sampler
@@ -164,27 +162,18 @@ def generate(
     tokens: Any,
     start: Any = None,
     *,
-    method: Method,
-    max_new_tokens: int,
     sampler: Sampler = Greedy(),  # noqa: B008 - a frozen value
     stop_tokens: Sequence[int] | None = None,
     key: Key[Array, ""] | None = None,
-    cache: KVCache | None = None,
-    window_end: Any = 0,
-    platform: Platform | None = None,
-    kernels: Kernels | None = None,
-    kv_dtype: str | None = None,
-    prefill_chunk: int | None = None,
+    **options: Unpack[PrefillOptions],
 ) -> Generated:
-    """Prefill, then decode until every row met a stop token or `max_new_tokens` are made; arguments as in `prefill`.
+    """Prefill, then decode until every row met a stop token or `max_new_tokens` are made; options as in `prefill`.
 
     `stop_tokens` None means the checkpoint's own list, () none. For the next turn pass the result's `cache`, and begin
     its tokens with the last token of this answer.
     """
-    options: dict[str, Any] = {"method": method, "max_new_tokens": max_new_tokens, "window_end": window_end}
-    options |= {"platform": platform, "kernels": kernels, "kv_dtype": kv_dtype}
-    options["prefill_chunk"] = prefill_chunk
-    prompt = prefill(model, tokens, start, cache=cache, **options)
+    prompt = prefill(model, tokens, start, **options)
+    max_new_tokens, kernels = options["max_new_tokens"], options.get("kernels")
     batch = prompt.logits.shape[0]
     out = np.full((batch, max_new_tokens), model.config.pad_token or 0, np.int32)
     lengths, running, made = np.zeros(batch, np.int32), np.ones(batch, bool), 0

@@ -3,8 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from itertools import chain, repeat
-from typing import Any
+from typing import Any, Protocol, Required, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +13,19 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from fastkv_jax import rope
-from fastkv_jax.adaptive import Adaptive, run_adaptive
+from fastkv_jax.adaptive import Adaptive, HostDecided
 from fastkv_jax.attention import Platform
 from fastkv_jax.cache import KVCache, SegmentKV
-from fastkv_jax.chunks import Chunks, compile_chunks, prefill_in_chunks
+from fastkv_jax.chunks import Chunks
 from fastkv_jax.errors import FastKVConfigError, InputError
 from fastkv_jax.inputs import Prompt, check_batch, static_tail
 from fastkv_jax.methods.base import Method
 from fastkv_jax.model import Llama
 from fastkv_jax.ops import Kernels, Ops
+from fastkv_jax.passes import Whole
 from fastkv_jax.sharding import check_shares
-from fastkv_jax.stages import Prefill, Static, run_jit, run_stages
+from fastkv_jax.stages import Prefill, Static
 
-GROUP = 5  # layers per call where progress is reported
 KERNELS: dict[Platform, Kernels] = {"cpu": "reference", "gpu": "gpu", "tpu": "tpu"}
 KV_DTYPES = ("int8", "float8_e4m3fn")
 
@@ -36,58 +35,79 @@ KV_DTYPES = ("int8", "float8_e4m3fn")
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def prefill(
-    model: Llama,
-    tokens: Any,
-    start: Any = None,
-    *,
-    method: Method,
-    max_new_tokens: int,
-    cache: KVCache | None = None,
-    window_end: Any = 0,
-    platform: Platform | None = None,
-    kernels: Kernels | None = None,
-    kv_dtype: str | None = None,
-    prefill_chunk: int | None = None,
-    progress: Callable[[int], object] | None = None,
-) -> Prefill:
-    """Read a batch of left-padded prompts: logits of their last tokens, and a cache of what the method keeps.
+class PrefillOptions(TypedDict, total=False):
+    """How prompts are read; the same for `prefill`, `generate`, `stream` and `prepare`.
 
-    tokens          [B, T] int32, rows right-aligned; start [B] the first valid column, 0 if None
+    method          what is propagated and kept: one of `fk.METHODS`, or your own
     max_new_tokens  room for decoded tokens in the cache; 0 is allowed
     cache           what earlier prompts and answers of the same rows have left, itself unchanged: the tokens go on
                     from there, at their true positions. They see everything in it, all of it stays, and the method
                     chooses among the new tokens alone; `FullKV` keeps a whole question. If nothing had been evicted,
                     the result is that of one long prompt. The last token of an answer is not in the cache yet: begin
-                    with it.
+                    with it. (default: None, nothing stands before them)
     window_end      tokens after the end of the question (a chat template's tail), one number or [B]: the observation
-                    window ends before them, and they are always kept
-    platform        "cpu", "gpu" or "tpu"; None: where the weights are
-    kernels         "tpu", "gpu", or "reference" for plain jax.numpy; None: the platform's own
-    kv_dtype        "int8" or "float8_e4m3fn": keep the prompt's entries in 8 bits; None: in the model's dtype
-    prefill_chunk   read so many tokens at a time and evict in between, for prompts that do not fit at once; None: all.
-                    Another approximation than one pass, but for `FullKV`; see `chunks`
-    progress        called with the number of layers done since the last call; the layers then run in several calls
+                    window ends before them, and they are always kept (default: 0)
+    platform        "cpu", "gpu" or "tpu" (default: None, where the weights are)
+    kernels         "tpu", "gpu", or "reference" for plain jax.numpy (default: None, the platform's own)
+    kv_dtype        "int8" or "float8_e4m3fn": keep the prompt's entries in 8 bits (default: None, the model's dtype)
+    prefill_chunk   read so many tokens at a time and evict in between, for prompts that do not fit at once. Another
+                    approximation than one pass, but for `FullKV`; see `chunks` (default: None, all at once)
+    """
+
+    method: Required[Method]
+    max_new_tokens: Required[int]
+    cache: KVCache | None
+    window_end: Any
+    platform: Platform | None
+    kernels: Kernels | None
+    kv_dtype: str | None
+    prefill_chunk: int | None
+
+
+class Prepared(Protocol):
+    """A prefill whose arguments have been checked."""
+
+    @property
+    def prompt(self) -> Prompt:
+        """The prompts as arrays."""
+        ...
+
+    @property
+    def static(self) -> Static:
+        """What its programs are compiled for."""
+        ...
+
+    def compile(self, report: Callable[[int], object] | None = None) -> None:
+        """Compile what `run` with this argument will call, so that it starts at once."""
+        ...
+
+    def run(self, report: Callable[[int], object] | None = None) -> Prefill:
+        """Read the prompts; `report` is called with the number of layers done since the last call."""
+        ...
+
+
+def prefill(
+    model: Llama,
+    tokens: Any,
+    start: Any = None,
+    *,
+    progress: Callable[[int], object] | None = None,
+    **options: Unpack[PrefillOptions],
+) -> Prefill:
+    """Read a batch of left-padded prompts: logits of their last tokens, and a cache of what the method keeps.
+
+    tokens    [B, T] int32, rows right-aligned; start [B] the first valid column, 0 if None
+    options   `method`, `max_new_tokens`, and those that `PrefillOptions` describes
+    progress  called with the number of layers done since the last call; the layers then run in several calls
 
     Compiles once per (method, T, B, max_new_tokens). NumPy arrays and lists are checked here (`InputError`,
     `FastKVConfigError`), traced arrays are not: budgets are looked up by traced length, exact in either case. A method
     that chooses its layer while it runs (ASL) cannot be traced.
     """
-    prompt = check_prompt(model, tokens, start, window_end, method, max_new_tokens, cache)
-    static = _static(model, method, max_new_tokens, prompt, platform, kernels, kv_dtype)
-    past = None if cache is None else cache.folded()
-    if prefill_chunk is not None:
-        return prefill_in_chunks(_chunks(model, prompt, static, prefill_chunk, cache), progress)
-    if isinstance(method, Adaptive):
-        if isinstance(prompt.tokens, Tracer):
-            raise InputError(f"{type(method).__name__} decides on the host: it cannot run inside another jit")
-        return run_adaptive(model, prompt, past, static, report=progress)
-    if progress is None:
-        return run_jit(model, prompt, past, static=static)
-    return run_stages(model, prompt, past, static, group=GROUP, report=progress)
+    return prepare(model, tokens, start, **options).run(progress)
 
 
-def compile_prefill(
+def prepare(
     model: Llama,
     tokens: Any,
     start: Any = None,
@@ -100,37 +120,28 @@ def compile_prefill(
     kernels: Kernels | None = None,
     kv_dtype: str | None = None,
     prefill_chunk: int | None = None,
-    progress: bool = False,
-) -> None:
-    """Compile what `prefill` with these arguments, with or without `progress`, will run, so that it starts at once."""
-    prompt = check_prompt(model, tokens, start, window_end, method, max_new_tokens, cache)
-    static = _static(model, method, max_new_tokens, prompt, platform, kernels, kv_dtype)
-    past = None if cache is None else cache.folded()
+) -> Prepared:
+    """What `prefill` with these arguments will do, checked but not begun: `.compile()` it, or `.run()` it."""
+    prompt = _checked(model, tokens, start, window_end, method, max_new_tokens, cache)
+    platform = platform or platform_of(model)
+    if kv_dtype not in (None, *KV_DTYPES):
+        raise FastKVConfigError(f"kv_dtype must be None or one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
+    tail = static_tail(prompt.window_end)
+    static = Static(method, max_new_tokens, tail, platform, kernels or KERNELS[platform], kv_dtype)
     if prefill_chunk is not None:
-        return compile_chunks(_chunks(model, prompt, static, prefill_chunk, cache))
-
-    def every_program(prompt: Prompt, past: KVCache | None) -> Prefill:
-        if not isinstance(method, Adaptive):
-            return run_stages(model, prompt, past, static, _compile_and_call, GROUP)
-        values = chain([1.0], repeat(0.0))  # as if the layer after the first were chosen
-        return run_adaptive(model, prompt, past, static, _compile_and_call, disagreement=lambda *_: next(values))
-
-    if progress or isinstance(method, Adaptive):
-        jax.eval_shape(every_program, prompt, past)
-    else:
-        run_jit.lower(model, prompt, past, static=static).compile()
+        return _chunks(model, prompt, static, prefill_chunk, cache)
+    past = None if cache is None else cache.folded()
+    if not isinstance(method, Adaptive):
+        return Whole(model, prompt, past, static)
+    if isinstance(prompt.tokens, Tracer):
+        raise InputError(f"{type(method).__name__} decides on the host: it cannot run inside another jit")
+    return HostDecided(model, prompt, past, static)
 
 
-def check_prompt(
-    model: Llama,
-    tokens: Any,
-    start: Any,
-    window_end: Any,
-    method: Method,
-    max_new_tokens: int,
-    cache: KVCache | None = None,
+def _checked(
+    model: Llama, tokens: Any, start: Any, window_end: Any, method: Method, max_new_tokens: int, cache: KVCache | None
 ) -> Prompt:
-    """The arguments of `prefill` as arrays, or `InputError` / `FastKVConfigError`."""
+    """The prompts as arrays, or `InputError` / `FastKVConfigError`."""
     method.check(model.config.num_layers)
     before = None if cache is None else cache.position
     prompt = check_batch(tokens, start, window_end, model.config, max_new_tokens, before)
@@ -164,30 +175,11 @@ def _chunks(model: Llama, prompt: Prompt, static: Static, size: int, cache: KVCa
     return Chunks(model, prompt, static, size)
 
 
-def _static(model, method, max_new_tokens, prompt: Prompt, platform, kernels, kv_dtype) -> Static:
-    platform = platform or platform_of(model)
-    if kv_dtype not in (None, *KV_DTYPES):
-        raise FastKVConfigError(f"kv_dtype must be None or one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
-    tail = static_tail(prompt.window_end)
-    return Static(method, max_new_tokens, tail, platform, kernels or KERNELS[platform], kv_dtype)
-
-
 def platform_of(model: Llama) -> Platform:
     """Where the model's weights live; where jax would put them if they are traced."""
     weights = model.norm[...]
     name = jax.default_backend() if isinstance(weights, Tracer) else next(iter(weights.devices())).platform
     return "gpu" if name in ("gpu", "cuda", "rocm") else "tpu" if name == "tpu" else "cpu"
-
-
-def _compile_and_call(program: Any, *args: Any, **static: Any) -> Any:
-    """Compile a program for arguments of which only the shapes are known, and pass on the shapes of its results."""
-
-    def shape(x: Any) -> jax.ShapeDtypeStruct:  # as jit takes it: NumPy's int64 is int32 there
-        return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
-
-    shapes = [a if isinstance(a, Llama) else jax.tree.map(shape, a) for a in args]
-    program.lower(*shapes, **static).compile()
-    return program(*args, **static)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

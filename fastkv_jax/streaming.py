@@ -1,19 +1,15 @@
 """Streaming: the tokens of `generate` as they are made, as text where there is a tokenizer."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from jaxtyping import Array, Key
 
-from fastkv_jax.attention import Platform
-from fastkv_jax.cache import KVCache
 from fastkv_jax.errors import InputError
 from fastkv_jax.generation import decode_chunks
-from fastkv_jax.inference import prefill
-from fastkv_jax.methods import Method
+from fastkv_jax.inference import PrefillOptions, prefill
 from fastkv_jax.model import Llama
-from fastkv_jax.ops import Kernels
 from fastkv_jax.sampling import Greedy, Sampler
 from fastkv_jax.text import TextStream
 
@@ -23,31 +19,22 @@ def stream(
     tokens: Any,
     start: Any = None,
     *,
-    method: Method,
-    max_new_tokens: int,
     sampler: Sampler = Greedy(),  # noqa: B008 - a frozen value
     stop_tokens: Sequence[int] | None = None,
     key: Key[Array, ""] | None = None,
-    cache: KVCache | None = None,
-    window_end: Any = 0,
-    platform: Platform | None = None,
-    kernels: Kernels | None = None,
-    kv_dtype: str | None = None,
-    prefill_chunk: int | None = None,
     tokenizer: Any = None,
+    **options: Unpack[PrefillOptions],
 ) -> Iterator[Any]:
     """`generate`, piece by piece: text of one prompt with a tokenizer, else chunks of tokens [B, c] int32.
 
     Text pieces never end inside a character and leave special tokens out; chunks hold stop tokens and padding.
     Raises `InputError` for a batch of several prompts with a tokenizer.
     """
-    options: dict[str, Any] = {"method": method, "max_new_tokens": max_new_tokens, "window_end": window_end}
-    options |= {"platform": platform, "kernels": kernels, "kv_dtype": kv_dtype}
-    options["prefill_chunk"] = prefill_chunk
-    prompt = prefill(model, tokens, start, cache=cache, **options)
+    prompt = prefill(model, tokens, start, **options)
     chunks = decode_chunks(
-        model, prompt, max_new_tokens=max_new_tokens, sampler=sampler, stop_tokens=stop_tokens, key=key, kernels=kernels
-    )
+        model, prompt, max_new_tokens=options["max_new_tokens"], sampler=sampler, stop_tokens=stop_tokens, key=key,
+        kernels=options.get("kernels"),
+    )  # fmt: skip
     if tokenizer is None:
         return (chunk for chunk, _ in chunks)
     if prompt.logits.shape[0] != 1:

@@ -91,7 +91,7 @@ def test_entries_of_8_bits():
 
 
 def test_all_chunks_run_one_program():
-    from fastkv_jax.stages import run_jit
+    from fastkv_jax.passes import run_jit
 
     method = EXAMPLES["fastkv"][0]
     read(method, 60)

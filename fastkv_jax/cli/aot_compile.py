@@ -92,7 +92,8 @@ def compile_for(options: argparse.Namespace) -> dict[str, Any]:
     from fastkv_jax.checkpoint.assemble import abstract_model
     from fastkv_jax.inference import decode
     from fastkv_jax.inputs import Prompt
-    from fastkv_jax.stages import Static, run_stages
+    from fastkv_jax.passes import run_stages
+    from fastkv_jax.stages import Static
 
     devices = _devices(options.target)
     platform = "tpu" if options.target in TPU_TARGETS else "gpu"

@@ -10,16 +10,15 @@ import numpy as np
 
 from fastkv_jax import generation, inference, text
 from fastkv_jax.buckets import pad_batch
-from fastkv_jax.cache import KVCache
 from fastkv_jax.chat_template import Rendering
 from fastkv_jax.cli.prompts import Request
 from fastkv_jax.config import LlamaConfig
 from fastkv_jax.errors import InputError
+from fastkv_jax.inference import PrefillOptions
 from fastkv_jax.inputs import check_lengths
 from fastkv_jax.methods import Method
 from fastkv_jax.methods.plan import Kept, effective_budgets
 from fastkv_jax.model import Llama
-from fastkv_jax.ops import Kernels
 from fastkv_jax.sampling import Sampler
 
 LONG_PROMPT = 2048  # columns from which a prefill reports its progress
@@ -105,21 +104,22 @@ class Engine:
 
     model: Llama
     tokenizer: Any
-    method: Method
+    reading: PrefillOptions  # of every prompt, but for its window's end
     sampler: Sampler
     seed: int
-    max_new_tokens: int
     stops: Sequence[str] = ()
     stop_tokens: Sequence[int] = ()  # beside the model's own
-    cache: KVCache | None = None  # what stands before every prompt
-    kernels: Kernels | None = None
-    kv_dtype: str | None = None
-    prefill_chunk: int | None = None
+
+    @property
+    def method(self) -> Method:
+        """What is kept."""
+        return self.reading["method"]
 
     def read(self, token_ids: list[int]) -> tuple[inference.Prefill, np.ndarray, np.ndarray]:
         """Prefill of a document alone, and its padded tokens and start."""
         tokens, start = pad_batch([token_ids])
-        result = inference.prefill(self.model, tokens, start, **self._options(0))
+        options: PrefillOptions = {**self.reading, "max_new_tokens": 0}
+        result = inference.prefill(self.model, tokens, start, **options)
         return jax.block_until_ready(result), tokens, start
 
     def answer(
@@ -156,30 +156,21 @@ class Engine:
         return answer
 
     def _prefill(self, answer: Answer, tokens, start, window_end: int, on_compile, progress) -> inference.Prefill:
-        options: dict[str, Any] = self._options(self.max_new_tokens) | {"window_end": window_end}
-        progress = progress if answer.bucket >= LONG_PROMPT else None
+        options: PrefillOptions = {**self.reading, "window_end": window_end}
+        prepared = inference.prepare(self.model, tokens, start, **options)
+        report = progress if answer.bucket >= LONG_PROMPT else None
         with _Timer() as timer:
-            inference.compile_prefill(self.model, tokens, start, **options, progress=progress is not None)
+            prepared.compile(report)
         answer.compile_s += timer.seconds
         on_compile(f"prefill[{answer.bucket:,}]", timer.seconds)
         with _Timer() as timer:
-            result = jax.block_until_ready(inference.prefill(self.model, tokens, start, **options, progress=progress))
+            result = jax.block_until_ready(prepared.run(report))
         answer.prefill_s = timer.seconds
         return result
 
-    def _options(self, new: int) -> dict[str, Any]:
-        return {
-            "method": self.method,
-            "max_new_tokens": new,
-            "cache": self.cache,
-            "kernels": self.kernels,
-            "kv_dtype": self.kv_dtype,
-            "prefill_chunk": self.prefill_chunk,
-        }
-
     def _decode_options(self) -> dict[str, Any]:
         ends = (*self.model.config.stop_tokens, *self.stop_tokens)
-        return {"sampler": self.sampler, "stop_tokens": ends, "kernels": self.kernels}
+        return {"sampler": self.sampler, "stop_tokens": ends, "kernels": self.reading.get("kernels")}
 
     def _decode(self, answer: Answer, result: inference.Prefill, on_text: Callable[[str], object], row: int) -> None:
         stream, matcher = text.TextStream(self.tokenizer), text.StopMatcher(self.stops)
@@ -194,7 +185,7 @@ class Engine:
 
         key = jax.random.fold_in(jax.random.key(self.seed), row)
         options: dict[str, Any] = self._decode_options() | {"key": key}
-        chunks = generation.decode_chunks(self.model, result, max_new_tokens=self.max_new_tokens, **options)
+        chunks = generation.decode_chunks(self.model, result, max_new_tokens=self.reading["max_new_tokens"], **options)
         for chunk, _ in chunks:
             for token in chunk[0].tolist():
                 answer.token_ids.append(token)

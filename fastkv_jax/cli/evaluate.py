@@ -145,8 +145,8 @@ def _grid(options: argparse.Namespace) -> dict[str, Any] | None:
         raise FastKVConfigError(f"{options.suite}: unknown key {sorted(strange)[0]!r}")
     given = [name for name in ("tasks", "lengths", "samples", "depths", "data", "texts", "protocol")
              if getattr(options, name) not in (None, [])]  # fmt: skip
-    if found.get("share_prefill") and (options.query_agnostic or options.kv_dtype or options.mesh):
-        raise FastKVConfigError(f"{options.suite} shares prefills: not with --query-agnostic, --kv-dtype, --mesh")
+    if found.get("share_prefill") and options.query_agnostic:
+        raise FastKVConfigError(f"{options.suite} shares prefills: not with --query-agnostic")
     given += ["preset"] * (options.preset is not None) + [name.replace("_", "-") for name in settings.given(options)]
     if given:
         raise FastKVConfigError(f"--{given[0]} belongs to one suite and method; {options.suite} has its own settings")
@@ -286,7 +286,7 @@ def _answer(
 
 def _shared(runs: Sequence[Run], num_layers: int, share: bool) -> list[list[Run]]:
     """The runs, those together that one prefill can serve."""
-    from fastkv_jax.evals.one_pass import in_one_pass
+    from fastkv_jax.many_methods import in_one_pass
 
     alone: list[list[Run]] = []
     shared: dict[bool, list[Run]] = {}  # by where the window ends

@@ -170,7 +170,7 @@ def _generate(options: argparse.Namespace, requests: list[prompts.Request], plat
     from fastkv_jax.cli.engine import Engine
     from fastkv_jax.cli.report import Reporter
     from fastkv_jax.cli.saved import Saved
-    from fastkv_jax.inference import check_in_chunks
+    from fastkv_jax.inference import PrefillOptions, check_in_chunks
     from fastkv_jax.sampling import Greedy, Sample
 
     say = Reporter(quiet=options.quiet)
@@ -218,12 +218,15 @@ def _generate(options: argparse.Namespace, requests: list[prompts.Request], plat
         note(f"{sum(a.nbytes for a in jax.tree.leaves(model)) / 1e9:.2f} GB")
     greedy = options.temperature == 0
     sampler = Greedy() if greedy else Sample(options.temperature, options.top_p, options.top_k, options.min_p)
-    cache = None if saved is None else saved.load(model, tokenizer)
-    engine = Engine(
-        model, tokenizer, method, sampler, options.seed, options.max_new_tokens, stops=stops, stop_tokens=stop_tokens,
-        cache=cache, kernels=options.kernels, kv_dtype=KV_DTYPES.get(options.kv_dtype),
-        prefill_chunk=options.prefill_chunk,
-    )  # fmt: skip
+    reading: PrefillOptions = {
+        "method": method,
+        "max_new_tokens": options.max_new_tokens,
+        "cache": None if saved is None else saved.load(model, tokenizer),
+        "kernels": options.kernels,
+        "kv_dtype": KV_DTYPES.get(options.kv_dtype),
+        "prefill_chunk": options.prefill_chunk,
+    }
+    engine = Engine(model, tokenizer, reading, sampler, options.seed, stops=stops, stop_tokens=stop_tokens)
     effective = {
         "preset": preset.name,
         "method": options.method if saved is None else saved.method,
@@ -293,7 +296,7 @@ def _one(options, engine, job, say, effective: dict[str, Any]) -> int:
     from fastkv_jax.explaining import explain
 
     def picture(result: Any, tokens: Any, start: Any) -> None:
-        if options.explain is not None and engine.cache is None:  # of what is read first
+        if options.explain is not None and engine.reading.get("cache") is None:  # of what is read first
             explanation = explain(result, tokens, engine.tokenizer, start=start)
             explanation.save(options.explain)
             for line in explanation.summary().splitlines():

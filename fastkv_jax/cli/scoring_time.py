@@ -10,20 +10,20 @@ import numpy as np
 from jax import lax
 
 from fastkv_jax import rope
-from fastkv_jax.inference import KERNELS, check_prompt, platform_of
+from fastkv_jax.inference import prepare
 from fastkv_jax.methods import Layer, Method
 from fastkv_jax.model import Llama
 from fastkv_jax.ops import Ops
+from fastkv_jax.passes import reader_of, stages_of
 from fastkv_jax.select import choose
-from fastkv_jax.stages import Rows, Static, enter_budgets, keep, shape_of, stages_of
+from fastkv_jax.stages import Rows, enter_budgets, keep
 
 
 def scorer(model: Llama, method: Method, prompts: np.ndarray) -> Callable[[], float]:
     """Compile what a method does beside the model itself for these prompts [B, n]; each call gives its seconds."""
-    prompt = check_prompt(model, prompts, None, 0, method, 0)
-    platform = platform_of(model)
-    static = Static(method, 0, 0, platform, KERNELS[platform])
-    c, ops = model.config, Ops(KERNELS[platform])
+    asked = prepare(model, prompts, method=method, max_new_tokens=0)
+    prompt, static = asked.prompt, asked.static
+    c, ops = model.config, Ops(static.kernels)
     batch, n = prompts.shape
     window = enter_budgets(model, prompt, static=static).window
     frequencies = jnp.asarray(rope.frequencies(c.rope, c.head_dim))
@@ -40,16 +40,15 @@ def scorer(model: Llama, method: Method, prompts: np.ndarray) -> Callable[[], fl
                 jnp.broadcast_to(jnp.arange(rows), (batch, rows)),
                 jnp.full(batch, rows - stage.tokens[n], jnp.int32),
                 jnp.full(batch, rows, jnp.int32),
-                window,
             )
             q = drawn[:, :, -rows:]
 
             def layer(carry, index, q=q, places=places, kept=kept, stage=stage):
                 nothing = carry * 0  # each layer waits for the one before
                 k = q[:, : c.num_kv_heads] + nothing
-                seen = Layer(q, k, k, *places, kept=kept, frequencies=frequencies, wo=model.layers.wo[...][0], ops=ops)
+                seen = Layer(q, k, k, *places, window, kept, frequencies, model.layers.wo[...][0], ops)
                 scores = method.scores(seen)
-                entries = keep(seen, seen.protect(scores.kv), shape_of(stage)) if stage.compresses else None
+                entries = keep(seen, seen.protect(scores.kv), reader_of(method, stage)) if stage.compresses else None
                 token_scores = seen.protect(scores.tokens)
                 first = 0.0 if entries is None else entries.k.ravel()[0]
                 return (jnp.nan_to_num(token_scores[0, -1]) + first).astype(drawn.dtype), (entries, token_scores)

@@ -16,8 +16,8 @@ from fastkv_jax.buckets import pad_batch
 from fastkv_jax.cache import KVCache
 from fastkv_jax.costs import prefill_flops
 from fastkv_jax.evals.memory_maps import forget_programs_if_many
-from fastkv_jax.evals.one_pass import in_one_pass, prefill_all
 from fastkv_jax.inference import prefill
+from fastkv_jax.many_methods import in_one_pass, prefill_all
 from fastkv_jax.methods import ASL, METHODS, FullKV, Method
 from fastkv_jax.model import Llama
 from fastkv_jax.scoring import next_token_scores

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastkv_jax import generation, inference, text
+from fastkv_jax.adaptive import Adaptive
 from fastkv_jax.buckets import bucket_for, pad_batch
 from fastkv_jax.cache import KVCache
 from fastkv_jax.chat_template import Rendering
@@ -21,11 +22,11 @@ from fastkv_jax.costs import prefill_flops
 from fastkv_jax.errors import InputError
 from fastkv_jax.evals import prompts
 from fastkv_jax.evals.memory_maps import forget_programs_if_many
-from fastkv_jax.evals.one_pass import prefill_all
 from fastkv_jax.evals.protocols import Protocol
 from fastkv_jax.evals.sample import Encoded, Sample
 from fastkv_jax.inputs import static_tail
-from fastkv_jax.methods import ASL, FullKV, Method
+from fastkv_jax.many_methods import prefill_all
+from fastkv_jax.methods import FullKV, Method
 from fastkv_jax.model import Llama
 from fastkv_jax.ops import Kernels
 from fastkv_jax.sampling import Greedy, Sampler
@@ -75,10 +76,14 @@ class ModelEngine:
     def answer(self, batch: Sequence[Encoded]) -> list[dict[str, Any]]:
         """Answers of one batch; raises `MemoryError` if it does not fit on the device."""
         forget_programs_if_many()
-        mesh = self.model.mesh
-        spare = -len(batch) % (1 if mesh is None else mesh.shape.get(DATA, 1))  # every device needs rows
         with _memory_errors():
-            return self._answer([*batch, *[batch[-1]] * spare])[: len(batch)]
+            return self._answer(self._filled(batch))[: len(batch)]
+
+    def _filled(self, batch: Sequence[Encoded]) -> list[Encoded]:
+        """The batch with its last row again, until every device of a mesh has rows."""
+        mesh = self.model.mesh
+        spare = -len(batch) % (1 if mesh is None else mesh.shape.get(DATA, 1))
+        return [*batch, *[batch[-1]] * spare]
 
     def _answer(self, batch: Sequence[Encoded]) -> list[dict[str, Any]]:
         before = _compilations()
@@ -86,10 +91,10 @@ class ModelEngine:
         columns, ends = bucket_for(max(len(prompt.tokens) for prompt in batch)), self._window_ends(batch)
         shape = (len(batch), columns, new, static_tail(ends))
         if shape not in self.seen:
-            self._read(batch, new, compile_only=True)
+            self._prepared(batch, new).compile()
             self.seen.add(shape)
         began = time.perf_counter()
-        result = jax.block_until_ready(self._read(batch, new))
+        result = jax.block_until_ready(self._prepared(batch, new).run())
         return self._go_on(result, batch, new, before, time.perf_counter() - began)
 
     def _go_on(
@@ -107,22 +112,16 @@ class ModelEngine:
         more = {**times, "rows": len(batch), "compiled": _compilations() - before}
         return [{**row, **cost, **more} for row, cost in zip(rows, costs, strict=True)]
 
-    def _read(self, batch: Sequence[Encoded], new: int, compile_only: bool = False) -> Any:
-        """The prefill, or what it will run compiled, so that no answer's time holds it."""
-        options: dict[str, Any] = {"kernels": self.kernels, "kv_dtype": self.kv_dtype}
+    def _prepared(self, batch: Sequence[Encoded], new: int) -> inference.Prepared:
+        """The prefill; where the context is compressed before the question is read, the question's."""
+        prepare = partial(inference.prepare, self.model, kernels=self.kernels, kv_dtype=self.kv_dtype)
         if self.query_aware or not new:
             tokens, start, ends = self._batched(batch)
-            program = inference.compile_prefill if compile_only else inference.prefill
-            return program(
-                self.model, tokens, start, method=self.method, max_new_tokens=new, window_end=ends, **options
-            )
+            return prepare(tokens, start, method=self.method, max_new_tokens=new, window_end=ends)
         parts = [self._split(prompt) for prompt in batch]
-        tokens, start = pad_batch([context for context, _ in parts])
-        read = inference.prefill(self.model, tokens, start, method=self.method, max_new_tokens=0, **options)
-        tokens, start = pad_batch([question for _, question in parts])
-        return inference.prefill(
-            self.model, tokens, start, method=FullKV(), max_new_tokens=new, cache=read.cache, **options
-        )
+        context = prepare(*pad_batch([context for context, _ in parts]), method=self.method, max_new_tokens=0).run()
+        question = pad_batch([question for _, question in parts])
+        return prepare(*question, method=FullKV(), max_new_tokens=new, cache=context.cache)
 
     def _batched(self, batch: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, start and window_end, as prefill takes them."""
@@ -225,7 +224,7 @@ class ModelEngine:
         c = self.model.config
         full_bytes = 2 * c.num_layers * c.num_kv_heads * n * c.head_dim * self.model.dtype.itemsize
         costs = {"kv_bytes": kept / full_bytes}
-        if not isinstance(self.method, ASL):  # each prompt chooses its layer
+        if not isinstance(self.method, Adaptive):  # each prompt chooses its layer
             costs["prefill_flops"] = prefill_flops(c, self.method, n) / prefill_flops(c, FullKV(), n)
         return costs
 
@@ -246,16 +245,19 @@ class OnePass:
     def answer_all(self, batch: Sequence[Encoded]) -> list[list[dict[str, Any]]]:
         """Each engine's answers; raises `MemoryError` if the caches of all do not fit on the device."""
         forget_programs_if_many()
-        one, before = self.engines[0], _compilations()
+        one, before, asked = self.engines[0], _compilations(), len(batch)
+        batch = one._filled(batch)
         new = max(prompt.sample.max_new_tokens for prompt in batch)
         tokens, start, ends = one._batched(batch)
-        methods = [engine.method for engine in self.engines]
         with _memory_errors():
-            read = prefill_all(one.model, tokens, start, methods=methods, max_new_tokens=new, window_end=ends)
+            read = prefill_all(
+                one.model, tokens, start, methods=[engine.method for engine in self.engines], max_new_tokens=new,
+                window_end=ends, kernels=one.kernels, kv_dtype=one.kv_dtype,
+            )  # fmt: skip
             answers = []
             for engine in self.engines:
                 result = read.pop(0)  # and forgotten once it has answered
-                answers.append(engine._go_on(result, batch, new, before, None))
+                answers.append(engine._go_on(result, batch, new, before, None)[:asked])
                 before = _compilations()
             return answers
 

@@ -4,7 +4,7 @@ import numpy as np
 
 import fastkv_jax as fk
 from examples import BUCKET, EXAMPLES, PROMPTS, layers, model_a, ragged
-from fastkv_jax.evals.one_pass import in_one_pass, prefill_all
+from fastkv_jax.many_methods import in_one_pass, prefill_all
 
 DROP_TOKENS = ("fastkv", "gemfilter", "pyramidinfer", "claa", "asl")
 ALONE = [method for name, examples in EXAMPLES.items() for method in examples if name not in DROP_TOKENS]
