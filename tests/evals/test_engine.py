@@ -111,11 +111,28 @@ def test_query_agnostic_compression_never_sees_the_question(engine, needles):
     assert agnostic.answer([prompt])[0]["prediction"] == full.answer([prompt])[0]["prediction"]
 
 
-def test_on_a_mesh_every_device_has_rows(engine, needles, smollm2_path):
+@pytest.fixture(scope="module")
+def spread(engine, smollm2_path):
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
-    spread = dataclasses.replace(engine, model=fk.load_model(smollm2_path, dtype="float32", mesh=mesh))
+    return dataclasses.replace(engine, model=fk.load_model(smollm2_path, dtype="float32", mesh=mesh))
+
+
+def test_on_a_mesh_every_device_has_rows(engine, spread, needles):
     batch = [engine.encode(sample) for sample in needles[:1]]
     assert without_times(spread.answer(batch)) == without_times(engine.answer(batch))
+
+
+def test_one_pass_on_a_mesh_keeps_8_bits_and_answers_as_each_engine_alone(spread, needles):
+    settings = {"retention_rate": 0.3, "window_size": 16, "min_prompt_to_compress": 0}
+    engines = tuple(
+        dataclasses.replace(spread, method=method, kv_dtype="int8")
+        for method in (fk.FullKV(), fk.SnapKV(**settings, kernel_size=21))
+    )
+    batch = [spread.encode(needles[0])]
+    together = OnePass(engines).answer_all(batch)
+    for mine, one in zip(together, engines, strict=True):
+        assert without_times(mine) == without_times(one.answer(batch)) and len(mine) == 1
+    assert together[0][0]["kv_bytes"] < 0.3  # of float32
 
 
 def test_what_ends_an_answer_is_what_the_protocol_names(engine, tokenizer):
