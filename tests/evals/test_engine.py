@@ -1,4 +1,4 @@
-"""Answers of a real model: the same in a batch as alone, cut as asked, with their costs."""
+"""Answers of a model with a real tokenizer: the same in a batch as alone, cut as asked, with their costs."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from fastkv_jax.evals.engine import ModelEngine, OnePass
 from fastkv_jax.evals.protocols import FASTKV, UPSTREAM
 from fastkv_jax.evals.sample import Sample
 
-METHOD = fk.FastKV(tsp_layer=14, tsp_rate=0.5, retention_rate=0.5, window_size=16, kernel_size=21,
+METHOD = fk.FastKV(tsp_layer=2, tsp_rate=0.5, retention_rate=0.5, window_size=16, kernel_size=21,
                    min_prompt_to_compress=0)  # fmt: skip
 TIMES = ("ttft_s", "token_s", "compiled", "rows")
 
@@ -25,8 +25,8 @@ def tokenizer(smollm2_path):
 
 
 @pytest.fixture(scope="module")
-def engine(smollm2_path, tokenizer):
-    return ModelEngine(fk.load_model(smollm2_path, dtype="float32"), tokenizer, METHOD, 512)
+def engine(load_short, tokenizer):
+    return ModelEngine(load_short(), tokenizer, METHOD, 512)
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +111,9 @@ def test_query_agnostic_compression_never_sees_the_question(engine, needles):
     assert agnostic.answer([prompt])[0]["prediction"] == full.answer([prompt])[0]["prediction"]
 
 
-def test_on_a_mesh_every_device_has_rows(engine, needles, smollm2_path):
+def test_on_a_mesh_every_device_has_rows(engine, needles, load_short):
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
-    spread = dataclasses.replace(engine, model=fk.load_model(smollm2_path, dtype="float32", mesh=mesh))
+    spread = dataclasses.replace(engine, model=load_short(mesh))
     batch = [engine.encode(sample) for sample in needles[:1]]
     assert without_times(spread.answer(batch)) == without_times(engine.answer(batch))
 
