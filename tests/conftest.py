@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -71,19 +72,15 @@ QUICK = (
     "cli/test_generate.py::test_only_the_answer_goes_to_stdout",
 )
 
-# Of these, what takes longest and shows least.
-NOT_QUICK = (
-    "kernels/test_decode_attention.py::test_agrees_for_ragged_heads",
-    "methods/test_contract.py::test_the_window_and_what_follows_it_are_always_kept",  # but for those without a tail
-    "methods/test_refusals.py",
-)
+# But for what takes longest and shows least there: of the contract one example of each method, without a tail.
+NOT_QUICK = re.compile(r"test_agrees_for_ragged_heads|test_refusals|test_contract.*(\[\w+-[1-9]|a tail for each row)")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     names = {item: item.nodeid.removeprefix("tests/") for item in items}
     for item, name in names.items():
-        if name.startswith(QUICK) and (not name.startswith(NOT_QUICK) or name.endswith("-no tail]")):
+        if name.startswith(QUICK) and not NOT_QUICK.search(name):
             item.add_marker("quick")
     place = {file: number for number, file in enumerate(SLOW)}
     items.sort(key=lambda item: place.get(names[item].split("::")[0], len(SLOW)))  # the others stay in their order
