@@ -1,8 +1,15 @@
 """Settings of the whole suite: eight fake CPU devices and strict dtype promotion, before JAX starts."""
 
+import dataclasses
 import os
+import re
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastkv_jax.model import Llama
 
 # On the CPU; and libtpu, installed for its compiler, must neither look for a chip nor complain that there is none.
 for name, value in {
@@ -59,19 +66,21 @@ QUICK = (
     "kernels/test_window_scores.py",
     "test_inference.py::test_prefill_of_a_ragged_batch_agrees_with_the_oracle",
     "test_inference.py::test_greedy_tokens_agree_with_the_oracle",
-    "test_inference.py::test_generate_equals_repeated_decode_steps",
     "test_inference.py::test_a_row_ends_at_its_stop_token_and_is_padded_after_it",
     "checkpoint/",
     "test_text.py",
     "cli/test_generate.py::test_only_the_answer_goes_to_stdout",
 )
 
+# But for what takes longest and shows least there: of the contract one example of each method, without a tail.
+NOT_QUICK = re.compile(r"test_agrees_for_ragged_heads|test_refusals|test_contract.*(\[\w+-[1-9]|a tail for each row)")
+
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     names = {item: item.nodeid.removeprefix("tests/") for item in items}
     for item, name in names.items():
-        if name.startswith(QUICK):
+        if name.startswith(QUICK) and not NOT_QUICK.search(name):
             item.add_marker("quick")
     place = {file: number for number, file in enumerate(SLOW)}
     items.sort(key=lambda item: place.get(names[item].split("::")[0], len(SLOW)))  # the others stay in their order
@@ -90,8 +99,9 @@ def shared_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures of modules, which compile
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Small models compile quickly and run slowly; the trained one is worth XLA's optimizations."""
-    trained = "smollm2_path" in getattr(item, "fixturenames", ())
+    """Small models compile quickly and run slowly; the trained one is worth XLA's optimizations, if it is whole."""
+    names = getattr(item, "fixturenames", ())
+    trained = "smollm2_path" in names and "load_short" not in names
     jax.config.update("jax_disable_most_optimizations", not trained)
     jax.config.update("jax_enable_compilation_cache", True)  # the command line may have said no
 
@@ -102,6 +112,21 @@ def smollm2_path() -> Path:
     from fastkv_jax.checkpoint import known_models
 
     return known_models.fetch("smollm2-135m", quiet=True)
+
+
+@pytest.fixture(scope="session")
+def load_short(smollm2_path: Path) -> Callable[..., "Llama"]:
+    """Loads its first six layers, on a mesh if one is given: real shapes, for tests that need no sense in words."""
+    import fastkv_jax as fk
+    from fastkv_jax.checkpoint.assemble import abstract_model
+
+    def load(mesh: jax.sharding.Mesh | None = None) -> "Llama":
+        whole = fk.load_model(smollm2_path, dtype="float32", mesh=mesh)
+        short = abstract_model(dataclasses.replace(whole.config, num_layers=6), whole.dtype, whole.mesh)
+        values = [a[: like.shape[0]] for a, like in zip(jax.tree.leaves(whole), jax.tree.leaves(short), strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(short), values)
+
+    return load
 
 
 looked_at = 0  # after so many compilations
