@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "many_methods": MIDDLE | {"stages", "passes", "adaptive", "inference"},
     "generation": MIDDLE | {"inference"},
     "presets": MIDDLE | {"inference"},
-    "costs": {"config", "methods"},
+    "costs": {"buckets", "config", "methods"},
     "scoring": MIDDLE | {"stages", "passes", "inference"},
     "checkpoint": MIDDLE | {"inference", "checkpoint"},
     "cache_file": MIDDLE | {"checkpoint"},

@@ -244,7 +244,7 @@ def _costs(model, method, tokens: int, batch: int) -> tuple[float, float]:
     if not c.tie_word_embeddings:
         weights -= model.embedding[...].nbytes  # one row of it
     kept = sum((run.last - run.first + 1) * run.kept for run in effective_budgets(method, tokens, 0, c.num_layers))
-    entries = 2 * kept * c.num_kv_heads * c.head_dim * model.dtype.itemsize
+    entries = costs.entry_bytes(c, kept, model.dtype.itemsize)
     return batch * costs.prefill_flops(c, method, tokens), weights + batch * entries
 
 

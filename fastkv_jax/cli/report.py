@@ -1,7 +1,6 @@
 """What people and machines see: progress and statistics on stderr, the answer or its JSON on stdout."""
 
 import contextlib
-import dataclasses
 import sys
 import time
 import unicodedata
@@ -12,11 +11,12 @@ import jax
 from tqdm import tqdm
 
 import fastkv_jax
-from fastkv_jax.buckets import TILE, bucket_for
+from fastkv_jax.buckets import bucket_for
 from fastkv_jax.cli.engine import LONG_PROMPT, Answer, Encoded
 from fastkv_jax.config import LlamaConfig
+from fastkv_jax.costs import cache_bytes, weight_count
 from fastkv_jax.methods import FullKV, Method
-from fastkv_jax.methods.plan import Kept, effective_budgets, static_plan
+from fastkv_jax.methods.plan import Kept, effective_budgets
 
 MOST_RUNS = 4  # runs of layers named in one line
 
@@ -178,24 +178,3 @@ def peak_memory() -> int | None:
     """Peak bytes in use on the first device, None where the platform does not tell (CPU)."""
     stats = jax.local_devices()[0].memory_stats()
     return None if stats is None else stats.get("peak_bytes_in_use")
-
-
-def weight_count(config: LlamaConfig) -> int:
-    """Parameters of a model."""
-    c = dataclasses.replace(config)
-    attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    block = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
-    tables = 1 if c.tie_word_embeddings else 2
-    return c.num_layers * block + tables * c.vocab_size * c.hidden_size + c.hidden_size
-
-
-def cache_bytes(config: LlamaConfig, method: Method, bucket: int, new: int, size: int) -> int:
-    """Bytes of keys and values of one prompt in this bucket, room for the answer included."""
-    c = config
-    stages = static_plan(method, c.num_layers, c.num_kv_heads, bucket, 0, TILE)
-    last_pass = stages[max(i for i, stage in enumerate(stages) if stage.first == 0) :]
-    heads = [1 if stage.shared else c.num_kv_heads for stage in last_pass]
-    slots = sum(
-        (s.stop - s.first) * (s.capacity * n + c.num_kv_heads * new) for s, n in zip(last_pass, heads, strict=True)
-    )
-    return 2 * slots * c.head_dim * size

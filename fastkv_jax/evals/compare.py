@@ -14,7 +14,7 @@ import numpy as np
 
 from fastkv_jax.buckets import pad_batch
 from fastkv_jax.cache import KVCache
-from fastkv_jax.costs import prefill_flops
+from fastkv_jax.costs import full_cache_bytes, prefill_flops
 from fastkv_jax.evals.memory_maps import forget_programs_if_many
 from fastkv_jax.inference import prefill
 from fastkv_jax.many_methods import in_one_pass, prefill_all
@@ -96,13 +96,7 @@ def _ask(model: Llama, rows: Sequence[Row], kind: str, question: Question, colum
         row.right[kind].append(_says(model, cache, question))
         row.kept.append(_share_kept(cache, question.where))
         row.flops.append(prefill_flops(model.config, row.method, n) / prefill_flops(model.config, full, n))
-        row.bytes.append(int(cache.entry_bytes()[0]) / full_bytes(model, n))
-
-
-def full_bytes(model: Llama, n: int) -> int:
-    """K and V of all tokens."""
-    c = model.config
-    return 2 * c.num_layers * c.num_kv_heads * n * c.head_dim * model.dtype.itemsize
+        row.bytes.append(int(cache.entry_bytes()[0]) / full_cache_bytes(model.config, n, model.dtype.itemsize))
 
 
 def _says(model: Llama, cache: KVCache, question: Question) -> bool:

@@ -18,7 +18,7 @@ from fastkv_jax.adaptive import Adaptive
 from fastkv_jax.buckets import bucket_for, pad_batch
 from fastkv_jax.cache import KVCache
 from fastkv_jax.chat_template import Rendering
-from fastkv_jax.costs import prefill_flops
+from fastkv_jax.costs import full_cache_bytes, prefill_flops
 from fastkv_jax.errors import InputError
 from fastkv_jax.evals import prompts
 from fastkv_jax.evals.memory_maps import forget_programs_if_many
@@ -222,8 +222,7 @@ class ModelEngine:
 
     def _costs(self, n: int, kept: int) -> dict[str, float]:
         c = self.model.config
-        full_bytes = 2 * c.num_layers * c.num_kv_heads * n * c.head_dim * self.model.dtype.itemsize
-        costs = {"kv_bytes": kept / full_bytes}
+        costs = {"kv_bytes": kept / full_cache_bytes(c, n, self.model.dtype.itemsize)}
         if not isinstance(self.method, Adaptive):  # each prompt chooses its layer
             costs["prefill_flops"] = prefill_flops(c, self.method, n) / prefill_flops(c, FullKV(), n)
         return costs

@@ -59,15 +59,26 @@ def test_no_run_keeps_more_than_enters_it_and_none_grows(method: Method):
         entering = segment.tokens
 
 
-@every_method
+def has_a_plain_budget(method: Method) -> bool:
+    """A share of the prompt, of which no layer drops rows; those that do have tests of their own (test_fastkv.py)."""
+    fields = {field.name for field in dataclasses.fields(method)}
+    return getattr(method, "retention_rate", None) is not None and not fields & {"tsp_layer", "tsp_rate"}
+
+
+PLAIN = {name: method for name, method in zip(METHOD_IDS, METHODS, strict=True) if has_a_plain_budget(method)}
+
+
+def test_most_methods_have_a_plain_budget():
+    assert {name.split("-")[0] for name in PLAIN} == set(fk.METHODS) - {"full", "fastkv", "pyramidinfer", "claa", "asl"}
+
+
+@pytest.mark.parametrize("method", PLAIN.values(), ids=list(PLAIN))
 @given(n=st.integers(1, 4097), rate=st.floats(0.01, 1.0) | st.sampled_from([0.1, 0.2, 0.3, 0.6, 0.7]))
 @settings(max_examples=40, deadline=None)
 def test_budgets_are_the_truncated_rate_of_the_true_length(method: Method, n: int, rate: float):
     """The mean over the layers where they differ; the window, and a cap by the rows there are, come on top."""
-    if getattr(method, "retention_rate", None) is None or isinstance(method, fk.CLAA | fk.FastKV | fk.ASL):
-        return  # FastKV's have tests of their own (test_fastkv.py), of which the other two are made
     built = dataclasses.replace(method, retention_rate=rate)
-    least = max(int(built.window(np.array([n]))[0]), getattr(method, "sinks", 0) + 1 if "LLM" in str(method) else 1)
+    least = max(int(built.window(np.array([n]))[0]), built.sinks + 1 if isinstance(built, fk.StreamingLLM) else 1)
     budget = min(n, max(least, int(n * rate)))
     kept = [int(s.kept[0]) for s in built.plan(np.array([n]), LAYERS) for _ in range(s.first, s.stop) if s.kept[0]]
     assert len(kept) == LAYERS

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import fastkv_jax as fk
-from examples import EXAMPLES, NEW, layers, model_a, ragged
+from examples import NEW, layers, model_a, ragged
 
 NEEDS: dict[str, dict[str, Any]] = {
     "fastkv": {"tsp_layer": 1},
@@ -114,12 +114,17 @@ def test_one_rate_for_several_layers_falls_evenly():
     assert lengths == [90, 40]
 
 
-@pytest.mark.parametrize("name", list(EXAMPLES))
+FIELDS = {name: {field.name for field in dataclasses.fields(kind)} for name, kind in fk.METHODS.items()}
+
+
+def test_all_but_two_methods_have_a_budget_in_entries():
+    assert {name for name, fields in FIELDS.items() if "capacity" not in fields} == {"full", "pyramidinfer"}
+
+
+@pytest.mark.parametrize("name", [name for name, fields in FIELDS.items() if "capacity" in fields])
 def test_a_budget_above_the_prompt_keeps_all_of_it(name: str):
     kind = fk.METHODS[name]
-    if "capacity" not in {field.name for field in dataclasses.fields(kind)}:
-        return  # full context and PyramidInfer have no budget
-    tsp = {"tsp_length": 5000} if "tsp_length" in {field.name for field in dataclasses.fields(kind)} else {}
+    tsp = {"tsp_length": 5000} if "tsp_length" in FIELDS[name] else {}
     result = fk.prefill(
         model_a(), [list(range(40))], method=kind(capacity=5000, **tsp, **NEEDS.get(name, {})), max_new_tokens=NEW
     )
