@@ -14,10 +14,10 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from fastkv_jax.answers import TextStream
 from fastkv_jax.errors import FastKVConfigError, InputError
 from fastkv_jax.files import check_target, replacing
 from fastkv_jax.inference import Prefill
-from fastkv_jax.text import TextStream
 
 
 @dataclass(frozen=True, eq=False)

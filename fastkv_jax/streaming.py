@@ -6,12 +6,12 @@ from typing import Any, Unpack
 import numpy as np
 from jaxtyping import Array, Key
 
+from fastkv_jax.answers import Transcript
 from fastkv_jax.errors import InputError
 from fastkv_jax.generation import decode_chunks
 from fastkv_jax.inference import PrefillOptions, prefill
 from fastkv_jax.model import Llama
 from fastkv_jax.sampling import Greedy, Sampler
-from fastkv_jax.text import TextStream
 
 
 def stream(
@@ -40,15 +40,13 @@ def stream(
     if prompt.logits.shape[0] != 1:
         raise InputError(f"text can be streamed for one prompt at a time, got a batch of {prompt.logits.shape[0]}")
     ends = set(model.config.stop_tokens if stop_tokens is None else stop_tokens)
-    return _pieces((chunk for chunk, _ in chunks), ends, TextStream(tokenizer))
+    return _pieces((chunk for chunk, _ in chunks), Transcript(tokenizer, ends))
 
 
-def _pieces(chunks: Iterator[np.ndarray], ends: set[int], text: TextStream) -> Iterator[str]:
+def _pieces(chunks: Iterator[np.ndarray], answer: Transcript) -> Iterator[str]:
     for chunk in chunks:
         for token in chunk[0].tolist():
-            if token in ends:
-                break
-            if piece := text.push(token):
+            if piece := answer.push(token):
                 yield piece
-    if rest := text.flush():
-        yield rest
+    if piece := answer.close():
+        yield piece

@@ -52,11 +52,12 @@ MAY_IMPORT = {
     "checkpoint": MIDDLE | {"inference", "checkpoint"},
     "cache_file": MIDDLE | {"checkpoint"},
     "text": MIDDLE | {"inference", "checkpoint"},
-    "streaming": MIDDLE | {"inference", "generation", "checkpoint", "text"},
+    "answers": MIDDLE | {"checkpoint", "text"},
+    "streaming": MIDDLE | {"inference", "generation", "checkpoint", "text", "answers"},
     "calibration": MIDDLE | {"presets"},
     "calibrating": MIDDLE
     | {"stages", "passes", "inference", "generation", "checkpoint", "text", "calibration", "costs"},
-    "explaining": MIDDLE | {"inference", "checkpoint", "text"},
+    "explaining": MIDDLE | {"inference", "checkpoint", "text", "answers"},
 }
 PUBLIC = {"fastkv_jax", "cli", "evals", "__main__"}  # may import everything below; "fastkv_jax" is its __init__
 

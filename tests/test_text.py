@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from fastkv_jax import text
+from fastkv_jax import answers, text
 from fastkv_jax.checkpoint import inspect
 from fastkv_jax.checkpoint.gguf_file import open_gguf
 from fastkv_jax.errors import CheckpointError, FastKVConfigError, InputError, ModelWarning
@@ -324,12 +324,12 @@ def test_token_types_must_be_as_many_as_tokens(tmp_path):
 def test_stops_that_are_special_tokens_become_tokens():
     tokenizer = small_tokenizer()
     start, end = (tokenizer.convert_tokens_to_ids(sign) for sign in ("<|im_start|>", "<|im_end|>"))
-    assert text.split_stops(tokenizer, ["a", "<|im_end|>", "\n", "<|im_start|>\n", "<|im_end|>"]) == (
+    assert answers.split_stops(tokenizer, ["a", "<|im_end|>", "\n", "<|im_start|>\n", "<|im_end|>"]) == (
         ("a", "\n"), (end, start),
     )  # fmt: skip
     for stop, words in (("", "must not be empty"), ("so<|im_end|>", "mixes the special token <|im_end|> with text")):
         with pytest.raises(FastKVConfigError, match=re.escape(words)):
-            text.split_stops(tokenizer, ["a", stop])
+            answers.split_stops(tokenizer, ["a", stop])
 
 
 @pytest.mark.parametrize(
@@ -384,7 +384,7 @@ def test_sentencepiece(tmp_path):
     for sample in ("abc bc", " a", "é😀 a", "a  b"):
         ids = text.encode_raw(tokenizer, sample).token_ids
         assert tokenizer.decode(ids, skip_special_tokens=True) == sample
-        stream = text.TextStream(tokenizer)
+        stream = answers.TextStream(tokenizer)
         assert "".join(stream.push(i) for i in ids) + stream.flush() == sample
 
 
@@ -392,7 +392,7 @@ def test_a_stream_goes_on_after_bytes_that_are_no_text(tmp_path):
     """A newline, half an emoji, a letter: a decoder that takes the newline for settled raises here."""
     ids = [3 + 0x0A, 3 + 0xF0, 260, 3 + 0xF0, 3 + 0x9F, 3 + 0x98, 3 + 0x80, 261]
     tokenizer = text.load_tokenizer(sentencepiece(tmp_path / "m.gguf"))
-    stream = text.TextStream(tokenizer)
+    stream = answers.TextStream(tokenizer)
     pieces = [stream.push(i) for i in ids] + [stream.flush()]
     assert "".join(pieces) == text.decode(tokenizer, ids) == tokenizer.decode(ids) == "\ufffd\ufffda😀b"
 
@@ -407,7 +407,7 @@ def spm(tmp_path_factory):
 def test_a_stream_of_any_tokens_is_their_text(spm, ids):
     """Byte tokens, special tokens, spaces and words in any order; whatever a piece shows is never taken back."""
     for skip in (True, False):
-        stream = text.TextStream(spm, skip_special_tokens=skip)
+        stream = answers.TextStream(spm, skip_special_tokens=skip)
         whole = "".join(stream.push(i) for i in ids) + stream.flush()
         assert whole == spm.decode(ids, skip_special_tokens=skip)
 
@@ -472,7 +472,7 @@ def test_custom_code_is_refused(tmp_path):
 def test_stream_is_exact(sample):
     tokenizer = small_tokenizer()
     ids = text.encode_raw(tokenizer, sample).token_ids
-    stream = text.TextStream(tokenizer)
+    stream = answers.TextStream(tokenizer)
     pieces = [stream.push(i) for i in ids]
     said = "".join(pieces)
     assert said + stream.flush() == sample and (said == sample or sample.endswith("\ufffd"))
@@ -483,7 +483,7 @@ def test_stream_is_exact(sample):
 @given(st.lists(st.integers(0, 257), max_size=12))
 def test_stream_of_any_bytes(ids):
     tokenizer = small_tokenizer()
-    stream = text.TextStream(tokenizer)
+    stream = answers.TextStream(tokenizer)
     out = "".join(stream.push(i) for i in ids) + stream.flush()
     assert out == tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -503,7 +503,7 @@ words = st.text("abc", min_size=1, max_size=4)
 @settings(max_examples=500, deadline=None)
 @given(st.lists(words, max_size=3), st.lists(st.text("abc", max_size=5), max_size=6))
 def test_stop_matcher(stops, pieces):
-    matcher, printed, stopped = text.StopMatcher(stops), "", False
+    matcher, printed, stopped = answers.StopMatcher(stops), "", False
     for i, piece in enumerate(pieces):
         safe, stopped = matcher.push(piece)
         printed += safe
@@ -517,9 +517,9 @@ def test_stop_matcher(stops, pieces):
 
 
 def test_after_a_stop_nothing_comes():
-    matcher = text.StopMatcher(["##"])
+    matcher = answers.StopMatcher(["##"])
     assert matcher.push("a#") == ("a", False)
     assert matcher.push("#b") == ("", True)
     assert matcher.push("c") == ("", True) and matcher.flush() == ""
     with pytest.raises(FastKVConfigError, match="empty"):
-        text.StopMatcher(["a", ""])
+        answers.StopMatcher(["a", ""])

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from fastkv_jax import generation, inference, text
+from fastkv_jax.answers import Transcript
 from fastkv_jax.buckets import pad_batch
 from fastkv_jax.chat_template import Rendering
 from fastkv_jax.cli.prompts import Request
@@ -173,35 +174,23 @@ class Engine:
         return {"sampler": self.sampler, "stop_tokens": ends, "kernels": self.reading.get("kernels")}
 
     def _decode(self, answer: Answer, result: inference.Prefill, on_text: Callable[[str], object], row: int) -> None:
-        stream, matcher = text.TextStream(self.tokenizer), text.StopMatcher(self.stops)
-        ends = set(self.model.config.stop_tokens)
+        said = Transcript(self.tokenizer, self.model.config.stop_tokens, stop_tokens=self.stop_tokens, stops=self.stops)
 
-        def show(piece: str) -> bool:
-            safe, stopped = matcher.push(piece)
-            answer.text += safe
-            if safe:
-                on_text(safe)
-            return stopped
+        def show(piece: str) -> None:
+            answer.text, answer.finish_reason = said.text, said.finish or answer.finish_reason
+            if piece:
+                on_text(piece)
 
         key = jax.random.fold_in(jax.random.key(self.seed), row)
         options: dict[str, Any] = self._decode_options() | {"key": key}
-        chunks = generation.decode_chunks(self.model, result, max_new_tokens=self.reading["max_new_tokens"], **options)
-        for chunk, _ in chunks:
+        new = self.reading["max_new_tokens"]
+        for chunk, _ in generation.decode_chunks(self.model, result, max_new_tokens=new, **options):
             for token in chunk[0].tolist():
                 answer.token_ids.append(token)
-                if token in self.stop_tokens or token in ends:
-                    answer.finish_reason = "stop" if token in self.stop_tokens else "eos"
-                    break
-                if show(stream.push(token)):
-                    answer.finish_reason = "stop"
+                show(said.push(token))
+                if said.finish:
                     return
-        if show(stream.flush()):
-            answer.finish_reason = "stop"
-            return
-        rest = matcher.flush()
-        answer.text += rest
-        if rest:
-            on_text(rest)
+        show(said.close())
 
 
 class _Timer:

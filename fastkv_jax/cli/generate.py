@@ -167,6 +167,7 @@ def _generate(options: argparse.Namespace, requests: list[prompts.Request], plat
     import jax
 
     from fastkv_jax import checkpoint, text
+    from fastkv_jax.answers import split_stops
     from fastkv_jax.cli.engine import Engine
     from fastkv_jax.cli.report import Reporter
     from fastkv_jax.cli.saved import Saved
@@ -184,7 +185,7 @@ def _generate(options: argparse.Namespace, requests: list[prompts.Request], plat
         check_in_chunks(method, config.num_layers)
     tokenizer = text.load_tokenizer(found)
     text.check_vocabulary(tokenizer, config)
-    stops, stop_tokens = text.split_stops(tokenizer, options.stop)
+    stops, stop_tokens = split_stops(tokenizer, options.stop)
     if not (config.stop_tokens or options.stop):
         warnings.warn(
             f"{found.path} names no end token, so that answers run to their limit; give --stop",

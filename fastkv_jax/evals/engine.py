@@ -15,6 +15,7 @@ import numpy as np
 
 from fastkv_jax import generation, inference, text
 from fastkv_jax.adaptive import Adaptive
+from fastkv_jax.answers import Transcript, split_stops
 from fastkv_jax.buckets import bucket_for, pad_batch
 from fastkv_jax.cache import KVCache
 from fastkv_jax.chat_template import Rendering
@@ -103,8 +104,7 @@ class ModelEngine:
         """The answers after a prefill of so many seconds, None if they are nobody's alone."""
         kept = result.cache.entry_bytes()
         if new:
-            ids, times = self._decode(result, batch, new, prefill_s)
-            rows = [self._words(prompt.sample, row) for prompt, row in zip(batch, ids, strict=True)]
+            rows, times = self._decode(result, batch, new, prefill_s)
         else:
             rows = self._likelihoods(result.cache, batch)
             times = {} if prefill_s is None else {"ttft_s": prefill_s}
@@ -143,41 +143,39 @@ class ModelEngine:
 
     def _decode(
         self, result, batch: Sequence[Encoded], new: int, prefill_s: float | None
-    ) -> tuple[np.ndarray, dict[str, float]]:
-        """Token ids [B, made], and seconds to the first token, if the prefill's are known, and of each later one."""
-        stops = [self._stops(prompt.sample) for prompt in batch]
-        matchers = [text.StopMatcher(strings) for strings, _ in stops]
-        streams = [text.TextStream(self.tokenizer) for _ in batch]
-        ended = np.zeros(len(batch), bool)
+    ) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """The answers, and seconds to the first token, if the prefill's are known, and of each later one."""
+        said = [self._transcript(prompt.sample) for prompt in batch]
         result = self._with_a_first_token(result, batch)
         options: dict[str, Any] = {"kernels": self.kernels, "stop_tokens": self._ends(), "sampler": self.sampler}
         generation.compile_decode(self.model, result, **options)
-        made, began, first_at = [], time.perf_counter(), 0.0
-        for chunk, done in generation.decode_chunks(
+        made, began, first_at = 0, time.perf_counter(), 0.0
+        for chunk, _ in generation.decode_chunks(
             self.model, result, max_new_tokens=new, key=self._key(batch), **options
         ):
-            if not made:
-                first_at = time.perf_counter()
-            made.append(chunk)
-            total = sum(part.shape[1] for part in made)
-            for b, prompt in enumerate(batch):
-                said = chunk[b].tolist()
-                found = [matchers[b].push(streams[b].push(token))[1] or token in stops[b][1] for token in said]
-                ended[b] |= any(found) or total >= prompt.sample.max_new_tokens
-            if (ended | done).all():
+            first_at = first_at or time.perf_counter()
+            made += chunk.shape[1]
+            for row, tokens in zip(said, chunk, strict=True):
+                for token in tokens.tolist():
+                    row.push(token)
+            if all(row.finish for row in said):
                 break
-        ids = np.concatenate(made, axis=1)
-        later = ids.shape[1] - 1
-        times = {"token_s": (time.perf_counter() - first_at) / later if later else 0.0}
-        return ids, times if prefill_s is None else {"ttft_s": prefill_s + first_at - began, **times}
+        times = {"token_s": (time.perf_counter() - first_at) / (made - 1) if made > 1 else 0.0}
+        rows = [
+            {"prediction": row.text, "finish": "length" if row.finish == "length" else "stop", "new_tokens": row.words}
+            for row in said
+        ]
+        return rows, times if prefill_s is None else {"ttft_s": prefill_s + first_at - began, **times}
+
+    def _transcript(self, sample: Sample) -> Transcript:
+        stops, stop_tokens = split_stops(self.tokenizer, sample.stop)
+        limit = sample.max_new_tokens
+        return Transcript(self.tokenizer, self._ends(), stop_tokens=stop_tokens, stops=stops, limit=limit)
 
     def _key(self, batch: Sequence[Encoded]) -> Any:
         """The batch's own, the same whenever it is asked again."""
         first = batch[0].sample
         return jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(f"{first.task} {first.id}".encode()))
-
-    def _stops(self, sample: Sample) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        return text.split_stops(self.tokenizer, sample.stop)
 
     def _ends(self) -> tuple[int, ...]:
         """The tokens that end an answer."""
@@ -197,17 +195,6 @@ class ModelEngine:
                 stops = [text.continue_with(self.tokenizer, stop)[-1] for stop in prompt.sample.stop]
                 row[[*self._ends(), *stops]] = -1e30
         return dataclasses.replace(result, logits=jnp.asarray(logits))
-
-    def _words(self, sample: Sample, ids: np.ndarray) -> dict[str, Any]:
-        """The answer's text, up to its end token, its length or its stop."""
-        mine = ids[: sample.max_new_tokens].tolist()
-        strings, tokens = self._stops(sample)
-        ends = [i for i, token in enumerate(mine) if token in (*self._ends(), *tokens)]
-        mine = mine[: ends[0]] if ends else mine
-        said = text.decode(self.tokenizer, mine)
-        cuts = [said.find(stop) for stop in strings if stop in said]
-        finish = "stop" if ends or cuts else "length"
-        return {"prediction": said[: min(cuts)] if cuts else said, "finish": finish, "new_tokens": len(mine)}
 
     def _likelihoods(self, cache: KVCache, batch: Sequence[Encoded]) -> list[dict[str, Any]]:
         """Each row's text goes on after its cache; the first token of it has no logits and is not counted."""

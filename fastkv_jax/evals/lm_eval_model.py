@@ -152,7 +152,7 @@ class FastKVModel(LM):
         return self._engines[key]
 
     def _prompt(self, i: int, context: str, how: Decoding) -> Encoded:
-        text.split_stops(self._tokenizer, how.stops)  # or it is refused, before anything runs
+        split_stops(self._tokenizer, how.stops)  # or it is refused, before anything runs
         sample = Sample("lm_eval", str(i), context, "", (), how.new_tokens, chat=False, stop=how.stops)
         encoded = self._engine.encode(sample)
         if not encoded.tokens:
