@@ -22,6 +22,7 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from fastkv_jax import checkpoint, inference, presets, text
+from fastkv_jax.answers import split_stops
 from fastkv_jax.buckets import bucket_for, pad_batch
 from fastkv_jax.chat_template import Rendering, parse_arguments, parse_date, render
 from fastkv_jax.checkpoint import Resolved

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from fastkv_jax.methods.base import Layer, Method, Segment
 from fastkv_jax.methods.compression import WindowCompression
@@ -26,7 +27,7 @@ class AdaKV(WindowCompression):
         """An even share for each head, put together."""
         return tuple(segment._replace(shared=True) for segment in super().plan(n, num_layers))
 
-    def importance(self, layer: Layer):
+    def importance(self, layer: Layer) -> Float[Array, "B N S"]:
         """The base's scores, +inf for what is safe."""
         base = self.base or SnapKV(window_size=self.window_size, kernel_size=self.kernel_size, pooling=self.pooling)
         scores = layer.protect(base.scores(layer).kv)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from fastkv_jax.methods.base import Layer, Method
 from fastkv_jax.methods.compression import WindowCompression
@@ -22,7 +23,7 @@ class CriticalKV(WindowCompression):
 
     base: Method | None = None
 
-    def importance(self, layer: Layer):
+    def importance(self, layer: Layer) -> Float[Array, "B N S"]:
         """+inf for the first half, the weighted scores for the rest."""
         base = self.base or SnapKV(window_size=self.window_size, kernel_size=self.kernel_size, pooling=self.pooling)
         scores = layer.protect(base.scores(layer).kv)

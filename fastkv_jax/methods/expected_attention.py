@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from fastkv_jax import rope
 from fastkv_jax.methods.base import Layer
@@ -31,7 +32,7 @@ class ExpectedAttention(Compression):
         check_int("sinks", self.sinks, 0)
         check_int("future", self.future, 1)
 
-    def importance(self, layer: Layer):
+    def importance(self, layer: Layer) -> Float[Array, "B N S"]:
         """Group mean of the expected attention, times |v|; sinks stay. One KV head at a time, for memory."""
         grouped = layer.q.reshape(*layer.k.shape[:2], -1, *layer.q.shape[2:])
         q, k, v = (jnp.moveaxis(a, 1, 0) for a in (grouped, layer.k, layer.v))

@@ -71,16 +71,20 @@ class FastKV(WindowCompression):
         """Section 4, algorithm 1: runs of layers with fewer and fewer rows, the budgets of the cache decoupled."""
         whole = n < max(self.min_prompt_to_compress, (self.published and self.capacity) or 0)
         window, inner = self.window(n), self.compression.plan(n, num_layers) if self.compression else None
-        kept = n if inner else np.where(whole, n, self.budget(n))
-        runs, first, rows = [], 0, n
-        for layer, budget in (*self.boundaries, (num_layers - 1, None)):
-            runs += compose(first, layer + 1, rows, inner or [Segment(0, num_layers, n, kept)], window)
-            if budget is not None:
-                first, rows = layer + 1, np.where(whole, n, at_least(window, budget.of(n), rows))
-                if budget.rate is not None and self.retention_rate is not None:  # truncated twice, as published
-                    kept = np.floor(rows * (self.retention_rate / budget.rate)).astype(np.int64)
-                    kept = np.where(whole, n, kept)
-        return tuple(runs)
+        edges, rows, kept = [0], [n], [n if inner else np.where(whole, n, self.budget(n))]
+        for layer, budget in self.boundaries:
+            edges.append(layer + 1)
+            rows.append(np.where(whole, n, at_least(window, budget.of(n), rows[-1])))
+            kept.append(kept[-1])
+            if budget.rate is not None and self.retention_rate is not None:  # truncated twice, as published
+                share = np.floor(rows[-1] * (self.retention_rate / budget.rate)).astype(np.int64)
+                kept[-1] = np.where(whole, n, share)
+        stages = zip(edges, [*edges[1:], num_layers], rows, kept, strict=True)
+        return tuple(
+            run
+            for first, stop, tokens, entries in stages
+            for run in compose(first, stop, tokens, inner or [Segment(0, num_layers, n, entries)], window)
+        )
 
     def scores(self, layer: Layer) -> Scores:
         """Equations 1 and 2: per KV head for the cache, summed over the heads for propagation."""

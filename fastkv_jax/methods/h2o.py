@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from fastkv_jax.methods.attention_sums import attention_sums
 from fastkv_jax.methods.base import Layer
@@ -20,7 +21,7 @@ class H2O(Compression):
 
     published: bool = False
 
-    def importance(self, layer: Layer):
+    def importance(self, layer: Layer) -> Float[Array, "B N S"]:
         """Column sums of the attention map."""
         columns = jnp.arange(layer.q.shape[2])
         everyone = (columns >= layer.start[:, None]).astype(jnp.float32)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from fastkv_jax.methods.base import Layer
 from fastkv_jax.methods.compression import Compression
@@ -16,7 +17,7 @@ class KeyDiff(Compression):
     `window_size` tokens stay.
     """
 
-    def importance(self, layer: Layer):
+    def importance(self, layer: Layer) -> Float[Array, "B N S"]:
         """Keys in float32, padding left out of the mean."""
         k = layer.k.astype(jnp.float32)
         direction = k / jnp.maximum(jnp.linalg.norm(k, axis=-1, keepdims=True), 1e-12)

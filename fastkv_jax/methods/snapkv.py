@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from jaxtyping import Array, Float
+
 from fastkv_jax.methods.base import Layer
 from fastkv_jax.methods.compression import WindowCompression, per_query_head
 
@@ -16,7 +18,7 @@ class SnapKV(WindowCompression):
 
     published: bool = False
 
-    def importance(self, layer: Layer):
+    def importance(self, layer: Layer) -> Float[Array, "B N S"]:
         """Per KV head, or per query head as published."""
         k = per_query_head(layer.k, layer) if self.published else layer.k
         queries = layer.last_queries(self.window_size)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from fastkv_jax.errors import FastKVConfigError
 from fastkv_jax.methods.base import Layer
@@ -31,7 +32,7 @@ class StreamingLLM(Compression):
         """Never less than the sinks and one recent token."""
         return np.maximum(super().budget(n), np.minimum(n, self.sinks + self.window_size))
 
-    def importance(self, layer: Layer):
+    def importance(self, layer: Layer) -> Float[Array, "B N S"]:
         """Later is better, and the sinks are best."""
         sink = (layer.positions >= 0) & (layer.positions < self.sinks)
         recency = jnp.where(sink, jnp.inf, layer.positions.astype(jnp.float32))

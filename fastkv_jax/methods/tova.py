@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from fastkv_jax.methods.base import Layer
 from fastkv_jax.methods.compression import Compression
@@ -15,7 +16,7 @@ class TOVA(Compression):
     Source: section 3.2. Differs: applied once, to the prompt, and the last `window_size` tokens stay.
     """
 
-    def importance(self, layer: Layer):
+    def importance(self, layer: Layer) -> Float[Array, "B N S"]:
         """The same row of scores for every head."""
         last = layer.ops.window_scores(
             layer.last_queries(1), layer.k, layer.start, layer.stop, kernel_size=1, pooling="max"
