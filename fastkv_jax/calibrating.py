@@ -178,6 +178,16 @@ def calibrate(
     Where the samples have no answers there is nothing to count: give one setting, and eq. 3 chooses the layer. It does
     so too where no answer came out, with the full context or without it: better questions would help more.
     Raises `FastKVConfigError` or `InputError` before anything runs.
+
+    >>> import fastkv_jax as fk
+    >>> from fastkv_jax.calibrating import make_samples
+    >>> model, tokenizer = fk.load_model("smollm2-135m", dtype="float32"), fk.load_tokenizer("smollm2-135m")
+    >>> row = {"prompt": "The code is 4711. " + "Boats go out. " * 20 + "What is the code?", "answer": "4711"}
+    >>> samples = make_samples(tokenizer, [row])
+    >>> found = fk.calibrate(model, samples, layers=[10, 14], window_sizes=[8], kernel_sizes=[7], max_new_tokens=8)
+    >>> found.layers, found.right.shape
+    ((10, 14), (1, 2))
+    >>> method = found.method()
     """
     samples, c = tuple(samples), model.config
     rates = {"tsp_rate": tsp_rate, "retention_rate": retention_rate}

@@ -171,6 +171,13 @@ def generate(
 
     `stop_tokens` None means the checkpoint's own list, () none. For the next turn pass the result's `cache`, and begin
     its tokens with the last token of this answer.
+
+    >>> import fastkv_jax as fk
+    >>> model, tokenizer = fk.load_model("smollm2-135m", dtype="float32"), fk.load_tokenizer("smollm2-135m")
+    >>> tokens, start = fk.pad_batch([tokenizer.encode("One, two, three, four,")])
+    >>> made = fk.generate(model, tokens, start, method=fk.FullKV(), max_new_tokens=4)
+    >>> tokenizer.decode(made.tokens[0])
+    ' five, six,'
     """
     prompt = prefill(model, tokens, start, **options)
     max_new_tokens, kernels = options["max_new_tokens"], options.get("kernels")

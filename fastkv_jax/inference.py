@@ -103,6 +103,16 @@ def prefill(
     Compiles once per (method, T, B, max_new_tokens). NumPy arrays and lists are checked here (`InputError`,
     `FastKVConfigError`), traced arrays are not: budgets are looked up by traced length, exact in either case. A method
     that chooses its layer while it runs (ASL) cannot be traced.
+
+    >>> import fastkv_jax as fk
+    >>> model, tokenizer = fk.load_model("smollm2-135m", dtype="float32"), fk.load_tokenizer("smollm2-135m")
+    >>> tokens, start = fk.pad_batch([tokenizer.encode("The boats go out at dawn. " * 10)])
+    >>> method = fk.FastKV(tsp_layer=14, tsp_rate=0.4, retention_rate=0.2)
+    >>> read = fk.prefill(model, tokens, start, method=method, max_new_tokens=8)
+    >>> read.logits.shape, int(read.cache.position[0])
+    ((1, 49152), 71)
+    >>> [int((read.cache.layer(i).positions >= 0).sum()) for i in (0, 29)]  # 14 entries for each of three heads
+    [42, 42]
     """
     return prepare(model, tokens, start, **options).run(progress)
 

@@ -213,13 +213,14 @@ def run_layers(
             entries = tuple(None if one is None else past.extended(one, c.num_kv_heads) for one in entries)
         return (x, token_scores, stored), entries
 
-    stored: Any = None
+    stored = None
     if any(reader.capacity for reader in readers) and (past is None or not static.extends):
         one = jax.eval_shape(read, x, token_scores, layers[0], tuple(mine[0] for mine in kept))[2]
         stored = jax.tree.map(lambda a: jnp.zeros((len(layers), *a.shape), a.dtype), one)
     inputs = layers, jnp.arange(len(layers)), kept, past
     (x, token_scores, stored), entries = lax.scan(layer, (x, token_scores, stored), inputs)
-    return Progress(x, rows, token_scores), entries if stored is None else stored
+    kept_by_all: Any = entries if stored is None else stored
+    return Progress(x, rows, token_scores), kept_by_all
 
 
 def _read(layer: Layer, reader: Reader, static: Static) -> tuple[Float[Array, "B S"], SegmentKV | None]:

@@ -57,13 +57,14 @@ SLOW = (
 # On the other Python: every method and kernel, prefill and decode by each method, checkpoints, text, one command line.
 QUICK = (
     "methods/",
-    "kernels/test_decode_attention.py",
+    "kernels/test_decode_attention.py::test_agrees_for_caches_of_8_bits",
+    "kernels/test_decode_attention.py::test_in_a_flat_cache",
     "kernels/test_dispatch.py",
     "kernels/test_gpu_backend.py",
     "kernels/test_linear.py",
     "kernels/test_quantize.py",
-    "kernels/test_select.py",
-    "kernels/test_window_scores.py",
+    "kernels/test_select.py::test_agrees_with_a_stable_sort",
+    "kernels/test_window_scores.py::test_agrees_for_ragged_rows",
     "test_inference.py::test_prefill_of_a_ragged_batch_agrees_with_the_oracle",
     "test_inference.py::test_greedy_tokens_agree_with_the_oracle",
     "test_inference.py::test_a_row_ends_at_its_stop_token_and_is_padded_after_it",
@@ -73,7 +74,7 @@ QUICK = (
 )
 
 # But for what takes longest and shows least there: of the contract one example of each method, without a tail.
-NOT_QUICK = re.compile(r"test_agrees_for_ragged_heads|test_refusals|test_contract.*(\[\w+-[1-9]|a tail for each row)")
+NOT_QUICK = re.compile(r"test_refusals|test_contract.*(\[\w+-[1-9]|a tail for each row)")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

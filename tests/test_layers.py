@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -16,50 +17,12 @@ FILES = {
     for file in sorted((ROOT / package).rglob("*.py"))
 }
 GROUPS = ("checkpoint", "cli", "evals", "methods")  # packages inside fastkv_jax; all other modules stand for themselves
-LEVEL_1 = {
-    "errors",
-    "config",
-    "rope",
-    "select",
-    "buckets",
-    "attention",
-    "sharding",
-    "inputs",
-    "files",
-    "json_lines",
-    "ops",
-    "chat_template",
-    "seeds",
+PAGE = ROOT / "docs" / "architecture.md"
+FLOORS = {
+    module: int(floor)
+    for floor, module in re.findall(r"^\| (\d+) \| `(\w+)` \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
 }
-MIDDLE = LEVEL_1 | {"cache", "methods", "model", "sampling", "kernels_pallas"}
-MAY_IMPORT = {
-    **dict.fromkeys(LEVEL_1, {"errors", "config", "buckets", "ops", "sharding", "kernels_pallas"}),
-    "kernels_pallas": {"kernels_pallas"},
-    "cache": {"errors", "kernels_pallas", "ops", "select"},
-    "methods": LEVEL_1 | {"methods", "kernels_pallas"},
-    "model": {"config", "kernels_pallas", "rope"},
-    "sampling": {"errors"},
-    "stages": MIDDLE,
-    "passes": MIDDLE | {"stages"},
-    "adaptive": MIDDLE | {"stages", "passes"},
-    "chunks": MIDDLE | {"stages", "passes"},
-    "inference": MIDDLE | {"stages", "passes", "adaptive", "chunks"},
-    "many_methods": MIDDLE | {"stages", "passes", "adaptive", "inference"},
-    "generation": MIDDLE | {"inference"},
-    "presets": MIDDLE | {"inference"},
-    "costs": {"buckets", "config", "methods"},
-    "scoring": MIDDLE | {"stages", "passes", "inference"},
-    "checkpoint": MIDDLE | {"inference", "checkpoint"},
-    "cache_file": MIDDLE | {"checkpoint"},
-    "text": MIDDLE | {"inference", "checkpoint"},
-    "answers": MIDDLE | {"checkpoint", "text"},
-    "streaming": MIDDLE | {"inference", "generation", "checkpoint", "text", "answers"},
-    "calibration": MIDDLE | {"presets"},
-    "calibrating": MIDDLE
-    | {"stages", "passes", "inference", "generation", "checkpoint", "text", "calibration", "costs"},
-    "explaining": MIDDLE | {"inference", "checkpoint", "text", "answers"},
-}
-PUBLIC = {"fastkv_jax", "cli", "evals", "__main__"}  # may import everything below; "fastkv_jax" is its __init__
+DOORS = {"fastkv_jax", "__main__"}  # the package itself and its command; everything is below them
 
 
 def nodes(name):
@@ -89,13 +52,20 @@ def internal(name):
     return {module for module in imports(name) if module.partition(".")[0] in ("fastkv_jax", "kernels_pallas")}
 
 
-def test_every_module_has_its_place():
-    assert {part(name) for name in FILES} == set(MAY_IMPORT) | PUBLIC
+def test_every_module_has_its_floor():
+    assert {part(name) for name in FILES} == set(FLOORS) | DOORS
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if part(name) not in PUBLIC])
-def test_a_module_imports_only_the_levels_below(name):
-    assert {part(module) for module in internal(name)} <= MAY_IMPORT[part(name)]
+@pytest.mark.parametrize("name", [name for name in FILES if part(name) not in DOORS])
+def test_a_module_imports_only_from_floors_below(name):
+    others = {part(module) for module in internal(name)} - {part(name), "fastkv_jax"}
+    assert {other: FLOORS[other] for other in others if FLOORS[other] >= FLOORS[part(name)]} == {}
+
+
+@pytest.mark.parametrize("module", list(FLOORS))
+def test_no_floor_is_higher_than_it_must_be(module):
+    below = {part(other) for name in FILES if part(name) == module for other in internal(name)}
+    assert FLOORS[module] == 1 + max((FLOORS[other] for other in below - {module, "fastkv_jax"}), default=-1)
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if part(name) == "kernels_pallas"])

@@ -139,6 +139,11 @@ def load_model(
 
     `check_weights` looks for NaN and infinity, `progress` draws a bar on stderr.
     Raises `FastKVConfigError` for a dtype or mesh that cannot work, `CheckpointError` for files that cannot.
+
+    >>> import fastkv_jax as fk
+    >>> model = fk.load_model("smollm2-135m", dtype="float32")
+    >>> model.config.num_layers, model.config.num_kv_heads, model.dtype.name
+    (30, 3, 'float32')
     """
     dtype = parse_dtype(dtype)
     found = source if isinstance(source, Resolved) else resolve(source, progress=progress)

@@ -77,14 +77,11 @@ class FastKV(WindowCompression):
             rows.append(np.where(whole, n, at_least(window, budget.of(n), rows[-1])))
             kept.append(kept[-1])
             if budget.rate is not None and self.retention_rate is not None:  # truncated twice, as published
-                share = np.floor(rows[-1] * (self.retention_rate / budget.rate)).astype(np.int64)
-                kept[-1] = np.where(whole, n, share)
-        stages = zip(edges, [*edges[1:], num_layers], rows, kept, strict=True)
-        return tuple(
-            run
-            for first, stop, tokens, entries in stages
-            for run in compose(first, stop, tokens, inner or [Segment(0, num_layers, n, entries)], window)
-        )
+                kept[-1] = np.where(whole, n, np.floor(rows[-1] * (self.retention_rate / budget.rate)).astype(np.int64))
+        runs = []
+        for first, stop, tokens, entries in zip(edges, [*edges[1:], num_layers], rows, kept, strict=True):
+            runs += compose(first, stop, tokens, inner or [Segment(0, num_layers, n, entries)], window)
+        return tuple(runs)
 
     def scores(self, layer: Layer) -> Scores:
         """Equations 1 and 2: per KV head for the cache, summed over the heads for propagation."""
