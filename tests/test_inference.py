@@ -34,7 +34,7 @@ from examples import (
 from examples import weights_a as oracle_model
 from fastkv_jax.adaptive import Adaptive
 from fastkv_jax.generation import Generated
-from fastkv_jax.inference import Prefill, compile_prefill
+from fastkv_jax.inference import Prefill, prepare
 from fastkv_jax.methods.base import Method
 from fastkv_jax.methods.plan import layers_run
 from oracle import oracle_forward, oracle_generate
@@ -197,9 +197,10 @@ def test_what_is_compiled_ahead_is_what_runs():
     """Also of a method that decides on the host, whatever it decides."""
     for method in (EXAMPLES["asl"][0], FASTKV):
         tokens, start = fk.pad_batch(PROMPTS[-1:], 320)
-        compile_prefill(model_a(), tokens, start, method=method, max_new_tokens=NEW, progress=True)
+        asked = prepare(model_a(), tokens, start, method=method, max_new_tokens=NEW)
+        asked.compile(lambda layers: None)
         before = compilations()
-        fk.prefill(model_a(), tokens, start, method=method, max_new_tokens=NEW, progress=lambda _: None)
+        asked.run(lambda layers: None)
         assert compilations() - before <= SMALL  # no program of the model
 
 

@@ -331,7 +331,8 @@ def _read_and_save(options, engine, job, say, picture) -> tuple[Any, Any]:
         note(f"{options.save_cache}: {Path(options.save_cache).stat().st_size / 1e6:.1f} MB")
     if not tail and options.max_new_tokens:
         raise InputError("--save-cache answers only through a chat template; give -n 0, and ask with --load-cache")
-    return replace(engine, cache=result.cache, method=FullKV()), Encoded([*rest, *tail], 0, 0)
+    reading = {**engine.reading, "cache": result.cache, "method": FullKV()}
+    return replace(engine, reading=reading), Encoded([*rest, *tail], 0, 0)
 
 
 def _many(options, engine, jobs, say) -> int:
