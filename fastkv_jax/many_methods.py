@@ -1,5 +1,6 @@
 """One prefill for many methods: those that only compress see the same prompt go through the same layers."""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -64,4 +65,15 @@ def _reader(model: Llama, prompt: Prompt, static: Static) -> tuple[Reader, Own]:
     kept = budget(jnp.asarray(tables), budgets, budgets.n)
     compresses, shared = any(stage.compresses for stage in stages), stages[0].shared
     slots = max(stage.capacity for stage in stages)
-    return Reader(static.method, slots if compresses or shared else None, shared), Own(kept, budgets.window)
+    method = static.method
+    return Reader(method, slots if compresses or shared else None, shared, _any_budget(method)), Own(
+        kept, budgets.window
+    )
+
+
+def _any_budget(method: Method) -> Method | None:
+    """The method as it is but for its budget, which its scores do not look at; None if they do."""
+    given: Any = method
+    if getattr(given, "scores_need_budget", True) or given.retention_rate is given.capacity is None:
+        return None
+    return dataclasses.replace(given, retention_rate=0.5, capacity=None)

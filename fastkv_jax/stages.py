@@ -15,7 +15,7 @@ from fastkv_jax import rope
 from fastkv_jax.attention import Platform, attention, attention_after
 from fastkv_jax.cache import KVCache, SegmentKV
 from fastkv_jax.inputs import Prompt
-from fastkv_jax.methods.base import Layer, Method
+from fastkv_jax.methods.base import Layer, Method, Scores
 from fastkv_jax.model import Llama
 from fastkv_jax.ops import Kernels, Ops
 from fastkv_jax.select import Chosen, choose
@@ -65,6 +65,7 @@ class Reader(NamedTuple):
     method: Method
     capacity: int | None  # slots of each cache head; 0 = nothing is kept, None = all
     shared: bool = False  # the slots are those of all heads together
+    scored_as: Method | None = None  # readers that have this in common have the same scores; None: nobody else has
 
 
 class Budgets(NamedTuple):
@@ -187,10 +188,12 @@ def run_layers(
         """What a layer makes of the rows before they attend, and which entries it keeps."""
         layer = observe(model, index, x, rows, turn, ops)
         with jax.named_scope("compress"):
-            found = [
-                _read(layer._replace(kept=count, window=mine.window), reader, static)
-                for reader, count, mine in zip(readers, kept, own, strict=True)
-            ]
+            found, known = [], {}  # XLA does not merge equal scores that hold loops
+            for reader, count, mine in zip(readers, kept, own, strict=True):
+                seen, key = layer._replace(kept=count, window=mine.window), reader.scored_as or reader
+                if key not in known:
+                    known[key] = reader.method.scores(seen)
+                found.append(_read(seen, known[key], reader, static))
         token_scores = jnp.concatenate([token_scores[1:], found[0][0][None]])
         return (layer.q, layer.k, layer.v), token_scores, tuple(entries for _, entries in found)
 
@@ -223,9 +226,8 @@ def run_layers(
     return Progress(x, rows, token_scores), kept_by_all
 
 
-def _read(layer: Layer, reader: Reader, static: Static) -> tuple[Float[Array, "B S"], SegmentKV | None]:
+def _read(layer: Layer, scores: Scores, reader: Reader, static: Static) -> tuple[Float[Array, "B S"], SegmentKV | None]:
     """Token scores, and the entries that stay."""
-    scores = reader.method.scores(layer)
     tokens = layer.protect(scores.tokens)
     if reader.capacity == 0:
         return tokens, None

@@ -66,3 +66,12 @@ def test_rows_may_end_their_question_apart():
 def test_which_methods_let_every_token_through_every_layer():
     assert not in_one_pass(fk.FastKV(tsp_layer=14), 30) and not in_one_pass(fk.CLAA(tsp_layer=28), 30)
     assert in_one_pass(fk.AdaKV(), 30) and in_one_pass(fk.FullKV(), 30) and not in_one_pass(fk.ASL(), 30)
+
+
+@pytest.mark.parametrize(("kind", "shared"), [(fk.H2O, True), (fk.TOVA, True), (fk.AdaKV, False)])
+def test_methods_that_differ_in_their_budgets_alone_share_their_scores(kind, shared: bool, monkeypatch):
+    called, scores = [], kind.scores
+    monkeypatch.setattr(kind, "scores", lambda self, layer: called.append(self) or scores(self, layer))
+    methods = [kind(retention_rate=rate, window_size=3) for rate in (0.11, 0.23, 0.37)]
+    prefill_all(model_a(), *fk.pad_batch(PROMPTS, BUCKET), methods=methods, max_new_tokens=2)
+    assert set(called) == set(methods[:1] if shared else methods)

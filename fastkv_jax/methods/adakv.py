@@ -22,6 +22,7 @@ class AdaKV(WindowCompression):
     """
 
     base: Method | None = None
+    scores_need_budget = True
 
     def plan(self, n: np.ndarray, num_layers: int) -> tuple[Segment, ...]:
         """An even share for each head, put together."""

@@ -27,6 +27,7 @@ class Compression:
     min_prompt_to_compress: int = 0
 
     memory = 1
+    scores_need_budget = False  # else `scores` looks at `layer.kept`, and no two budgets share them
 
     def __post_init__(self):
         self._check_budget()

@@ -22,6 +22,7 @@ class CriticalKV(WindowCompression):
     """
 
     base: Method | None = None
+    scores_need_budget = True
 
     def importance(self, layer: Layer) -> Float[Array, "B N S"]:
         """+inf for the first half, the weighted scores for the rest."""
