@@ -131,7 +131,10 @@ def prepare(
     kv_dtype: str | None = None,
     prefill_chunk: int | None = None,
 ) -> Prepared:
-    """What `prefill` with these arguments will do, checked but not begun: `.compile()` it, or `.run()` it."""
+    """What `prefill` with these arguments will do, checked but not begun: `.compile()` it, or `.run()` it.
+
+    tokens [B, T] int32, start [B]; the options are `PrefillOptions`. Raises `InputError` and `FastKVConfigError`.
+    """
     prompt = _checked(model, tokens, start, window_end, method, max_new_tokens, cache)
     platform = platform or platform_of(model)
     if kv_dtype not in (None, *KV_DTYPES):

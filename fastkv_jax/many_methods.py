@@ -36,7 +36,10 @@ def prefill_all(
     kernels: Kernels | None = None,
     kv_dtype: str | None = None,
 ) -> list[Prefill]:
-    """What `prefill` of each of the methods, all of them `in_one_pass`, would give; arguments are as there."""
+    """What `prefill` of each of the methods, all of them `in_one_pass`, would give, in their order.
+
+    Arguments, and the errors they raise, are as there: tokens [B, T] int32, start [B], window_end one number or [B].
+    """
     full = prepare(
         model, tokens, start, method=FullKV(), max_new_tokens=max_new_tokens, window_end=window_end, kernels=kernels,
         kv_dtype=kv_dtype,
@@ -65,10 +68,8 @@ def _reader(model: Llama, prompt: Prompt, static: Static) -> tuple[Reader, Own]:
     kept = budget(jnp.asarray(tables), budgets, budgets.n)
     compresses, shared = any(stage.compresses for stage in stages), stages[0].shared
     slots = max(stage.capacity for stage in stages)
-    method = static.method
-    return Reader(method, slots if compresses or shared else None, shared, _any_budget(method)), Own(
-        kept, budgets.window
-    )
+    capacity = slots if compresses or shared else None
+    return Reader(static.method, capacity, shared, _any_budget(static.method)), Own(kept, budgets.window)
 
 
 def _any_budget(method: Method) -> Method | None:

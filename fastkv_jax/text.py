@@ -1,4 +1,4 @@
-"""Text in and out: tokenizers, chat prompts, streamed text, stop strings."""
+"""Text in and out: tokenizers, chat prompts, decoded tokens."""
 
 import os
 import tempfile

@@ -54,7 +54,8 @@ SLOW = (
     "test_golden_reference.py",
     "test_chunks.py",
 )
-# On the other Python: every method and kernel, prefill and decode by each method, checkpoints, text, one command line.
+# On the other Python: every method and kernel, prefill and decode against the oracle, checkpoints, text, one command
+# line.
 QUICK = (
     "methods/",
     "kernels/test_decode_attention.py::test_agrees_for_caches_of_8_bits",

@@ -1,6 +1,8 @@
 """Prefill, decode and generate: what they return, against the oracle and against each other by other routes."""
 
+import inspect
 import json
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -34,7 +36,7 @@ from examples import (
 from examples import weights_a as oracle_model
 from fastkv_jax.adaptive import Adaptive
 from fastkv_jax.generation import Generated
-from fastkv_jax.inference import Prefill, prepare
+from fastkv_jax.inference import Prefill, PrefillOptions, prepare
 from fastkv_jax.methods.base import Method
 from fastkv_jax.methods.plan import layers_run
 from oracle import oracle_forward, oracle_generate
@@ -191,6 +193,19 @@ def test_a_method_that_decides_on_the_host_cannot_be_traced():
         jax.eval_shape(
             lambda tokens: fk.prefill(model_a(), tokens, method=method, max_new_tokens=1), jnp.zeros((1, 16), jnp.int32)
         )
+
+
+def test_the_options_that_are_described_are_those_that_are_taken():
+    taken = {
+        name: parameter.default
+        for name, parameter in inspect.signature(prepare).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    assert list(taken) == list(PrefillOptions.__annotations__)
+    asked = {name for name, default in taken.items() if default is inspect.Parameter.empty}
+    assert asked == PrefillOptions.__required_keys__ == {"method", "max_new_tokens"}
+    for name in taken:
+        assert re.search(rf"^ +{name} ", PrefillOptions.__doc__, re.MULTILINE), name
 
 
 def test_what_is_compiled_ahead_is_what_runs():
