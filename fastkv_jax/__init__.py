@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastkv_jax.buckets import pad_batch
-    from fastkv_jax.cache_file import load_cache, save_cache
-    from fastkv_jax.calibrating import calibrate
+    from fastkv_jax.cache.on_disk import load_cache, save_cache
+    from fastkv_jax.calibration.measuring import calibrate
     from fastkv_jax.checkpoint import load_model
-    from fastkv_jax.config import LlamaConfig
+    from fastkv_jax.decoding.loop import generate
+    from fastkv_jax.decoding.sampling import Greedy, Sample
+    from fastkv_jax.decoding.step import decode_step
+    from fastkv_jax.decoding.streaming import stream
     from fastkv_jax.errors import BackendError, CheckpointError, FastKVConfigError, InputError
-    from fastkv_jax.explaining import explain
-    from fastkv_jax.generation import generate
-    from fastkv_jax.inference import decode_step, prefill
+    from fastkv_jax.explanation.explanation import explain
     from fastkv_jax.methods import (
         ASL,
         CLAA,
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
         SnapKV,
         StreamingLLM,
     )
-    from fastkv_jax.sampling import Greedy, Sample
-    from fastkv_jax.streaming import stream
+    from fastkv_jax.model.config import LlamaConfig
+    from fastkv_jax.prefilling.doors import prefill
     from fastkv_jax.text import load_tokenizer
 
 __version__ = "0.1.0"
@@ -46,18 +47,19 @@ __version__ = "0.1.0"
 # Imported when first asked for: help texts and errors of the command line must not wait for all of them.
 _HOMES = {
     "buckets": "pad_batch",
-    "cache_file": "load_cache save_cache",
-    "calibrating": "calibrate",
+    "cache.on_disk": "load_cache save_cache",
+    "calibration.measuring": "calibrate",
     "checkpoint": "load_model",
-    "config": "LlamaConfig",
+    "model.config": "LlamaConfig",
     "errors": "BackendError CheckpointError FastKVConfigError InputError",
-    "explaining": "explain",
-    "generation": "generate",
-    "inference": "decode_step prefill",
+    "explanation.explanation": "explain",
+    "decoding.loop": "generate",
+    "decoding.step": "decode_step",
+    "prefilling.doors": "prefill",
     "methods": "ASL CLAA H2O METHODS TOVA AdaKV CriticalKV ExpectedAttention FastKV FullKV GemFilter KeyDiff Knorm "
     "PyramidInfer PyramidKV SnapKV StreamingLLM",
-    "sampling": "Greedy Sample",
-    "streaming": "stream",
+    "decoding.sampling": "Greedy Sample",
+    "decoding.streaming": "stream",
     "text": "load_tokenizer",
 }
 

@@ -3,9 +3,9 @@
 import numpy as np
 
 from fastkv_jax.buckets import TILE
-from fastkv_jax.config import LlamaConfig
 from fastkv_jax.methods.base import Method
 from fastkv_jax.methods.plan import check_plan, static_plan
+from fastkv_jax.model.config import LlamaConfig
 
 
 def _layer_matrices(config: LlamaConfig) -> int:

@@ -13,11 +13,11 @@ from etils import epath
 
 from fastkv_jax.chat_template import Rendering, has_chat_template, render
 from fastkv_jax.checkpoint import Resolved, orbax, resolve
-from fastkv_jax.checkpoint.folder_tokenizer import read_tokenizer
 from fastkv_jax.checkpoint.quiet import quiet
-from fastkv_jax.checkpoint.special_tokens import mend_special_tokens
-from fastkv_jax.config import LlamaConfig
+from fastkv_jax.checkpoint.tokenizers.folder import read_tokenizer
+from fastkv_jax.checkpoint.tokenizers.special_tokens import mend_special_tokens
 from fastkv_jax.errors import CheckpointError, InputError, ModelWarning
+from fastkv_jax.model.config import LlamaConfig
 
 _SPACES = ("▁", "Ġ")  # how tokenizers write a space
 _STARTS = ("\n", "\ue000")  # beginnings that hardly merge with what follows: of the second only its bytes are tokens
@@ -171,9 +171,9 @@ def decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool = Tr
 
 
 def _from_gguf(path: Path) -> Any:
-    from fastkv_jax.checkpoint import gguf_tokenizer
+    from fastkv_jax.checkpoint.gguf.tokenizer import read_tokenizer as read_gguf
 
-    tokenizer, names = gguf_tokenizer.read_tokenizer(path)
+    tokenizer, names = read_gguf(path)
     with quiet():
         from transformers import PreTrainedTokenizerFast
 

@@ -15,11 +15,12 @@ import numpy as np
 from tqdm import tqdm
 
 import fastkv_jax as fk
-from fastkv_jax import files, presets, text
-from fastkv_jax.cli import common
-from fastkv_jax.evals import needles
+from fastkv_jax import files, text
+from fastkv_jax.cli.flags import common
 from fastkv_jax.evals.compare import Question, Row, compare, methods_at
-from fastkv_jax.evals.documents import document
+from fastkv_jax.evals.texts import needles
+from fastkv_jax.evals.texts.documents import document
+from fastkv_jax.methods import presets
 
 
 def questions(tokenizer, count: int, keys: int, haystack: Path | None) -> list[Question]:

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from fastkv_jax.errors import FastKVConfigError
-from fastkv_jax.evals.documents import document
+from fastkv_jax.evals.texts.documents import document
 from fastkv_jax.seeds import check_seed
 
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from fastkv_jax.errors import FastKVConfigError
-from fastkv_jax.evals import needles
+from fastkv_jax.evals.texts import needles
 
 
 def main() -> int:

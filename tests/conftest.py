@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastkv_jax.model import Llama
+    from fastkv_jax.model.llama import Llama
 
 # On the CPU; and libtpu, installed for its compiler, must neither look for a chip nor complain that there is none.
 for name, value in {
@@ -38,21 +38,21 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # The files that take longest come first, the longest before the others: whoever is free takes the next file.
 SLOW = (
     "cli/test_aot_compile.py",
-    "test_inference.py",
-    "test_meshes.py",
+    "prefilling/test_doors.py",
+    "model/test_meshes.py",
     "evals/test_engine.py",
     "cli/test_evaluate.py",
     "cli/test_lm_eval.py",
     "cli/test_benchmark.py",
     "cli/test_generate.py",
-    "test_turns.py",
+    "decoding/test_turns.py",
     "methods/test_contract.py",
     "kernels/test_decode_attention.py",
     "test_golden_real.py",
     "kernels/test_compile.py",
-    "cli/test_compile_cache.py",
+    "cli/flags/test_compile_cache.py",
     "test_golden_reference.py",
-    "test_chunks.py",
+    "prefilling/test_chunked.py",
 )
 # On the other Python: every method and kernel, prefill and decode against the oracle, checkpoints, text, one command
 # line.
@@ -66,9 +66,9 @@ QUICK = (
     "kernels/test_quantize.py",
     "kernels/test_select.py::test_agrees_with_a_stable_sort",
     "kernels/test_window_scores.py::test_agrees_for_ragged_rows",
-    "test_inference.py::test_prefill_of_a_ragged_batch_agrees_with_the_oracle",
-    "test_inference.py::test_greedy_tokens_agree_with_the_oracle",
-    "test_inference.py::test_a_row_ends_at_its_stop_token_and_is_padded_after_it",
+    "prefilling/test_doors.py::test_prefill_of_a_ragged_batch_agrees_with_the_oracle",
+    "prefilling/test_doors.py::test_greedy_tokens_agree_with_the_oracle",
+    "prefilling/test_doors.py::test_a_row_ends_at_its_stop_token_and_is_padded_after_it",
     "checkpoint/",
     "test_text.py",
     "cli/test_generate.py::test_only_the_answer_goes_to_stdout",
@@ -140,7 +140,7 @@ def few_enough_compiled_programs(request: pytest.FixtureRequest) -> None:
 
     Where the evaluation engine runs, which drops programs itself, early enough that it never does within a test.
     """
-    from fastkv_jax.evals.memory_maps import MOST, forget_programs_if_many
+    from fastkv_jax.evals.running.memory_maps import MOST, forget_programs_if_many
 
     global looked_at
     if compilations() > looked_at + 50:

@@ -11,10 +11,10 @@ import numpy as np
 from safetensors.numpy import load_file
 
 import fastkv_jax as fk
-from fastkv_jax.cache import KVCache, LayerKV
-from fastkv_jax.inference import Prefill
+from fastkv_jax.cache.kv_cache import KVCache, LayerKV
 from fastkv_jax.methods.base import Method
-from fastkv_jax.model import Llama
+from fastkv_jax.model.llama import Llama
+from fastkv_jax.prefilling.doors import Prefill
 
 GOLDEN = Path(__file__).parent / "golden"
 MODEL_A = GOLDEN / "reference" / "models" / "A"

@@ -12,7 +12,7 @@ import pytest
 
 import fastkv_jax as fk
 from examples import GOLDEN, arrays, filled, layers
-from fastkv_jax.generation import decode_chunks
+from fastkv_jax.decoding.loop import decode_chunks
 from fastkv_jax.methods.base import Method
 from tolerances import REAL_GAP, REAL_LOGITS, REAL_SETS
 

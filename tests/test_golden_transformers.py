@@ -12,7 +12,7 @@ import pytest
 
 import fastkv_jax as fk
 from examples import GOLDEN, arrays
-from fastkv_jax.model import Llama
+from fastkv_jax.model.llama import Llama
 from tolerances import LOGITS
 
 FOLDER = GOLDEN / "transformers"

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
+import fastkv_jax
+
 ROOT = Path(__file__).parents[1]
 FILES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
     for package in ("fastkv_jax", "kernels_pallas")
     for file in sorted((ROOT / package).rglob("*.py"))
 }
-GROUPS = ("checkpoint", "cli", "evals", "methods")  # packages inside fastkv_jax; all other modules stand for themselves
 PAGE = ROOT / "docs" / "architecture.md"
 FLOORS = {
     module: int(floor)
@@ -43,7 +44,7 @@ def imports(name):
 
 
 def part(module):
-    """fastkv_jax.cli.engine -> cli, fastkv_jax.rope -> rope, kernels_pallas.select -> kernels_pallas."""
+    """fastkv_jax.cli.generate -> cli, fastkv_jax.text -> text, kernels_pallas.select -> kernels_pallas."""
     package, _, rest = module.partition(".")
     return package if package == "kernels_pallas" or not rest else rest.split(".")[0]
 
@@ -84,17 +85,35 @@ def test_imports_form_no_cycle():
     graph = {name: set() for name in FILES if name != "fastkv_jax"}
     for name, known in graph.items():
         known |= internal(name) - {name, "fastkv_jax"}
-        for group in GROUPS:
-            if any(module.startswith(f"fastkv_jax.{group}.") for module in known) and part(name) != group:
-                known.add(f"fastkv_jax.{group}")
+        above = {".".join(parts[:i]) for module in known for parts in [module.split(".")] for i in range(2, len(parts))}
+        known |= {package for package in above if not f"{name}.".startswith(f"{package}.")}
     assert len(list(TopologicalSorter(graph).static_order())) == len(graph)
     users = {name for name in FILES if "fastkv_jax" in internal(name)}
     assert {part(name) for name in users} <= {"cli"}  # for its version
 
 
+def test_there_are_few_floors_and_rooms_of_a_size():
+    assert max(FLOORS.values()) < 10
+    rooms = {file.parent for file in FILES.values()} - {ROOT / "fastkv_jax" / "methods"}  # a file for each method
+    assert {room: count for room in rooms if (count := len(list(room.glob("*.py")))) > 11} == {}
+
+
+def test_the_rooms_on_the_page_are_those_there_are():
+    listed = re.findall(r"^\| `(\w+)/(\w+)` \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    rooms = {room for room, _ in listed}
+    there = {tuple(name.split(".")[1:]) for name in FILES if part(name) in rooms and name.count(".") == 2}
+    assert sorted(listed) == sorted(there)
+
+
+def test_no_module_is_named_like_a_public_function():
+    """Importing it would put the module in the function's place."""
+    functions = {name for name in fastkv_jax.__all__ if not isinstance(getattr(fastkv_jax, name), type)}
+    assert {module.split(".")[1] for module in FILES if "." in module} & functions == set()
+
+
 def test_pytorch_is_imported_only_to_be_timed_against_and_only_when_asked_for():
     users = {name for name in FILES if any(module.partition(".")[0] == "torch" for module in imports(name))}
-    assert users <= {"fastkv_jax.cli.against_transformers"}
+    assert users <= {"fastkv_jax.benchmarks.against_transformers"}
     for name in users:
         top = ast.parse(FILES[name].read_text()).body
         assert not any("torch" in ast.unparse(node) for node in top if isinstance(node, ast.Import | ast.ImportFrom))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastkv_jax.errors import FastKVConfigError
-from fastkv_jax.evals import needles
+from fastkv_jax.evals.texts import needles
 from fastkv_jax.seeds import check_seed
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"

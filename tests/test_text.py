@@ -12,9 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from fastkv_jax import answers, text
+from fastkv_jax import text
 from fastkv_jax.checkpoint import inspect
-from fastkv_jax.checkpoint.gguf_file import open_gguf
+from fastkv_jax.checkpoint.gguf.file import open_gguf
+from fastkv_jax.decoding import answers
 from fastkv_jax.errors import CheckpointError, FastKVConfigError, InputError, ModelWarning
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "real" / "tokenizer.json").read_text())

@@ -16,12 +16,14 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from fastkv_jax import sharding
-from fastkv_jax.checkpoint import gguf, gguf_file, hugging_face, known_models, orbax
-from fastkv_jax.checkpoint.end_tokens import Claim, Vocabulary, end_tokens, vocabulary_of_folder
-from fastkv_jax.config import LlamaConfig
+from fastkv_jax.checkpoint import hugging_face, known_models, orbax
+from fastkv_jax.checkpoint.gguf import file as gguf_file
+from fastkv_jax.checkpoint.gguf import weights as gguf
+from fastkv_jax.checkpoint.tokenizers.end_tokens import Claim, Vocabulary, end_tokens, vocabulary_of_folder
 from fastkv_jax.errors import CheckpointError, FastKVConfigError, ModelWarning
-from fastkv_jax.model import Llama
+from fastkv_jax.model import sharding
+from fastkv_jax.model.config import LlamaConfig
+from fastkv_jax.model.llama import Llama
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model")

@@ -12,10 +12,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from fastkv_jax import sharding
-from fastkv_jax.config import LlamaConfig
 from fastkv_jax.errors import CheckpointError
-from fastkv_jax.model import Llama
+from fastkv_jax.model import sharding
+from fastkv_jax.model.config import LlamaConfig
+from fastkv_jax.model.llama import Llama
 
 Read = Callable[[str, int | None], np.ndarray]
 Label = Callable[[str, int | None], str]

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Collection, Mapping
 
 from fastkv_jax.checkpoint.assemble import expected_shapes, listed
-from fastkv_jax.config import LlamaConfig
 from fastkv_jax.errors import CheckpointError
+from fastkv_jax.model.config import LlamaConfig
 
 # The config fields behind each axis, named as config.json names them.
 _FIELDS = {

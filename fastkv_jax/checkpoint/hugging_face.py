@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 
 from fastkv_jax.checkpoint.assemble import assemble, check_finite, listed
 from fastkv_jax.checkpoint.check import check_tensors
-from fastkv_jax.checkpoint.end_tokens import Claim
 from fastkv_jax.checkpoint.other_weights import doubt_others
 from fastkv_jax.checkpoint.safetensors_files import Tensor, find_tensors, open_tensors, parse_json
-from fastkv_jax.config import LlamaConfig, from_hugging_face, token_ids
+from fastkv_jax.checkpoint.tokenizers.end_tokens import Claim
 from fastkv_jax.errors import CheckpointError, ModelWarning
-from fastkv_jax.model import Llama
+from fastkv_jax.model.config import LlamaConfig, from_hugging_face, token_ids
+from fastkv_jax.model.llama import Llama
 
 # The attributes of model.py and the names on the Hub; linear weights are [out, in] in both.
 NAMES = {

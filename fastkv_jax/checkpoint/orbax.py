@@ -18,14 +18,14 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from fastkv_jax import sharding
 from fastkv_jax.checkpoint.assemble import abstract_model, check_finite, listed
-from fastkv_jax.checkpoint.end_tokens import Claim, read_json
 from fastkv_jax.checkpoint.quiet import quiet
-from fastkv_jax.config import Llama3Scaling, LlamaConfig, RopeConfig, token_ids
+from fastkv_jax.checkpoint.tokenizers.end_tokens import Claim, read_json
 from fastkv_jax.errors import CheckpointError, FastKVConfigError
 from fastkv_jax.files import scratch_in, sync_folder
-from fastkv_jax.model import Llama
+from fastkv_jax.model import sharding
+from fastkv_jax.model.config import Llama3Scaling, LlamaConfig, RopeConfig, token_ids
+from fastkv_jax.model.llama import Llama
 
 FORMAT, VERSION = "fastkv_jax", 1
 TOKENIZER_FILES = (

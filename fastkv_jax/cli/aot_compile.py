@@ -15,7 +15,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from fastkv_jax.cli import common, hlo_flops, shapes
+from fastkv_jax.benchmarks import hlo_flops, shapes
+from fastkv_jax.cli.flags import common
 from fastkv_jax.errors import BackendError, FastKVConfigError
 
 TPU_TARGETS = {"v5e-8": "v5e:2x4", "v5p-8": "v5p:2x2x1", "v6e-8": "v6e:2x4", "tpu7x-8": "tpu7x:2x2x1"}
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fastkv_jax import presets
+    from fastkv_jax.methods import presets
 
     if options.tokens < 128:
         raise FastKVConfigError(f"tokens must be >= 128, got {options.tokens}")
@@ -88,12 +89,13 @@ def compile_for(options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-    from fastkv_jax import costs, sharding
+    from fastkv_jax import costs
     from fastkv_jax.checkpoint.assemble import abstract_model
-    from fastkv_jax.inference import decode
-    from fastkv_jax.inputs import Prompt
-    from fastkv_jax.passes import run_stages
-    from fastkv_jax.stages import Static
+    from fastkv_jax.decoding.step import decode
+    from fastkv_jax.model import sharding
+    from fastkv_jax.prefilling.layers import Static
+    from fastkv_jax.prefilling.passes import run_stages
+    from fastkv_jax.prefilling.prompt import Prompt
 
     devices = _devices(options.target)
     platform = "tpu" if options.target in TPU_TARGETS else "gpu"
@@ -182,6 +184,6 @@ def _devices(target: str) -> Sequence[Any]:
 
 
 def _method(name: str, layers: int) -> Any:
-    from fastkv_jax import presets
+    from fastkv_jax.methods import presets
 
     return presets.build(name, presets.load("paper"), {}, layers)

@@ -14,58 +14,17 @@ and a copy.
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from fastkv_jax import presets
-from fastkv_jax.cli import common, settings, shapes
-from fastkv_jax.cli.timing import Timing
+from fastkv_jax.benchmarks import shapes
+from fastkv_jax.benchmarks.timing import TRANSFORMERS, Timing
+from fastkv_jax.cli.flags import common, settings
 from fastkv_jax.errors import FastKVConfigError
-
-TRANSFORMERS = "transformers"
-
-
-@dataclass
-class Series:
-    """The repeated runs of one contestant at one length, the warm-up left out."""
-
-    name: str
-    tokens: int
-    flops: float  # of a prefill
-    step_bytes: float  # that a decode step reads
-    prefill: list[float] = field(default_factory=list)
-    decode: list[float] = field(default_factory=list)
-    whole: list[float] = field(default_factory=list)
-    scoring: list[float] = field(default_factory=list)  # and selection, alone
-
-    def add(self, timing: Timing) -> None:
-        """One more run."""
-        self.prefill.append(timing.prefill)
-        self.decode.append(timing.decode)
-        self.whole.append(timing.whole)
-
-    def row(self, full: "Series", device: dict[str, float]) -> dict[str, Any]:
-        """Medians, ranges, how many times faster than full context, and shares of what the device can do, if known."""
-        found: dict[str, Any] = {"tokens": self.tokens, "name": self.name}
-        for name in ("prefill", "decode", "whole"):
-            mine, theirs = getattr(self, name), getattr(full, name)
-            found[f"{name}_s"] = statistics.median(mine)
-            found[f"{name}_range_s"] = [min(mine), max(mine)]
-            found[f"{name}_speedup"] = statistics.median(theirs) / statistics.median(mine)
-        if self.scoring:
-            found["scoring_share"] = statistics.median(self.scoring) / found["prefill_s"]
-        found["prefill_limit"] = full.flops / self.flops
-        found["decode_limit"] = full.step_bytes / self.step_bytes
-        if device:
-            found["share_of_product"] = self.flops / found["prefill_s"] / device["product_flops_per_s"]
-            found["share_of_copy"] = self.step_bytes / found["decode_s"] / device["copy_bytes_per_s"]
-        return found
+from fastkv_jax.methods import presets
 
 
 def parser() -> common.Parser:
@@ -123,7 +82,7 @@ def _run(options: argparse.Namespace) -> int:
         presets.check_method(name)
     settings.check(options)
     if options.output is not None:
-        from fastkv_jax.evals import folder
+        from fastkv_jax.evals.records import folder
 
         folder.writable(options.output)
     platform = common.choose_platform(options)
@@ -135,12 +94,13 @@ def _run(options: argparse.Namespace) -> int:
 def _benchmark(options: argparse.Namespace, platform: str, dtype: str) -> None:
     import jax
 
-    from fastkv_jax.adaptive import Adaptive
-    from fastkv_jax.cli import speed_report
-    from fastkv_jax.cli.device_rates import rates, timer, yardsticks
-    from fastkv_jax.cli.report import Reporter
-    from fastkv_jax.cli.scoring_time import scorer
+    from fastkv_jax.benchmarks import speed_report
+    from fastkv_jax.benchmarks.device_rates import rates, timer, yardsticks
+    from fastkv_jax.benchmarks.race import Series, costs_of, race, timed
+    from fastkv_jax.benchmarks.scoring_time import scorer
+    from fastkv_jax.cli.asking.report import Reporter
     from fastkv_jax.methods import FullKV, Method
+    from fastkv_jax.prefilling.adaptive import Adaptive
 
     say = Reporter(quiet=options.quiet)
     say.header(platform, dtype)
@@ -159,16 +119,16 @@ def _benchmark(options: argparse.Namespace, platform: str, dtype: str) -> None:
     for tokens in options.tokens:
         tokens_of = prompts(tokens)
         runs: dict[str, Callable[[], Timing]] = {
-            known: lambda method=method, given=tokens_of: _time(model, given, method, options.new_tokens)
+            known: lambda method=method, given=tokens_of: timed(model, given, method, options.new_tokens)
             for known, method in methods.items()
         }
         if competitor is not None:
             runs[TRANSFORMERS] = lambda given=tokens_of: competitor.time(given, options.new_tokens)
-        costs = {known: _costs(model, method, tokens, options.batch) for known, method in methods.items()}
+        costs = {known: costs_of(model, method, tokens, options.batch) for known, method in methods.items()}
         mine = {known: Series(known, tokens, *costs.get(known, costs["full"])) for known in runs}
         scorers = {known: scorer(model, method, tokens_of) for known, method in methods.items()
                    if not isinstance(method, FullKV | Adaptive)}  # fmt: skip
-        _race(runs, mine, scorers, measures, options.repeats, say)
+        race(runs, mine, scorers, measures, options.repeats, say.line)
         series += [(entry, mine["full"]) for entry in mine.values()]
         if options.profile is not None:
             with jax.profiler.trace(options.profile, create_perfetto_trace=True):
@@ -191,7 +151,7 @@ def _benchmark(options: argparse.Namespace, platform: str, dtype: str) -> None:
 def _model(options: argparse.Namespace, dtype: str) -> tuple[str, Any, Callable[[int], np.ndarray]]:
     """Name, model, and prompts [B, n] of a length: of our chronicle, or drawn at random where there is no tokenizer."""
     from fastkv_jax import checkpoint, text
-    from fastkv_jax.evals.documents import document
+    from fastkv_jax.evals.texts.documents import document
 
     longest = max(options.tokens) + options.new_tokens
     if options.random_weights:
@@ -221,76 +181,12 @@ def _random(config, dtype: str):
     from flax import nnx
 
     from fastkv_jax.checkpoint import parse_dtype
-    from fastkv_jax.model import Llama
+    from fastkv_jax.model.llama import Llama
 
     return jax.block_until_ready(jax.jit(lambda: Llama(config, nnx.Rngs(0), parse_dtype(dtype)))())
 
 
 def _competitor(model) -> Any:
-    from fastkv_jax.cli.against_transformers import Competitor
+    from fastkv_jax.benchmarks.against_transformers import Competitor
 
     return Competitor(model)
-
-
-def _costs(model, method, tokens: int, batch: int) -> tuple[float, float]:
-    """(operations of a prefill, bytes a decode step reads: weights and entries, each once)."""
-    import jax
-
-    from fastkv_jax import costs
-    from fastkv_jax.methods.plan import effective_budgets
-
-    c = model.config
-    weights = sum(a.nbytes for a in jax.tree.leaves(model))
-    if not c.tie_word_embeddings:
-        weights -= model.embedding[...].nbytes  # one row of it
-    kept = sum((run.last - run.first + 1) * run.kept for run in effective_budgets(method, tokens, 0, c.num_layers))
-    entries = costs.entry_bytes(c, kept, model.dtype.itemsize)
-    return batch * costs.prefill_flops(c, method, tokens), weights + batch * entries
-
-
-def _race(
-    runs: dict[str, Callable[[], Timing]],
-    series: dict[str, Series],
-    scorers: dict[str, Callable[[], float]],
-    measures: list[Callable[[], None]],
-    repeats: int,
-    say,
-) -> None:
-    for turn in range(repeats + 1):
-        logits: dict[str, np.ndarray] = {}
-        for name, run in runs.items():
-            timing = run()
-            logits[name] = timing.logits
-            say.line("round", f"{turn}{' (warm-up)' if turn == 0 else ''}  {name}  prefill {timing.prefill:.2f} s  "
-                     f"decode {1e3 * timing.decode:.1f} ms/token  whole {timing.whole:.2f} s")  # fmt: skip
-            if turn:
-                series[name].add(timing)
-        if turn:
-            for name, seconds in scorers.items():
-                series[name].scoring.append(seconds())
-            for measure in measures:
-                measure()
-        elif TRANSFORMERS in logits:  # a race between programs that disagree would mean nothing
-            apart = abs(logits["full"] - logits[TRANSFORMERS]).max()
-            say.line("check", f"last-token logits differ by at most {apart:.1e}")
-
-
-def _time(model, prompts: np.ndarray, method, new_tokens: int) -> Timing:
-    """A run of ours; the first chunk of decoding does not count as decoding."""
-    import jax
-
-    from fastkv_jax import buckets, generation, inference
-
-    tokens, start = buckets.pad_batch(list(prompts))
-    began = time.perf_counter()
-    result = inference.prefill(model, tokens, start, method=method, max_new_tokens=new_tokens)
-    jax.block_until_ready(result)
-    prefill = time.perf_counter() - began
-    logits = np.asarray(result.logits)
-    made, since, decode_began = 0, 0, 0.0
-    for chunk, _ in generation.decode_chunks(model, result, max_new_tokens=new_tokens, stop_tokens=()):
-        made += chunk.shape[1]
-        if not since and made > generation.CHUNK:
-            since, decode_began = made, time.perf_counter()
-    ended = time.perf_counter()
-    return Timing(prefill, (ended - decode_began) / (made - since), ended - began, logits)

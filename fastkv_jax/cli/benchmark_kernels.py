@@ -14,11 +14,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from fastkv_jax.cli import common
-from fastkv_jax.cli.device_rates import Case, rates, timer, yardsticks
+from fastkv_jax.benchmarks.device_rates import Case, rates, timer
+from fastkv_jax.cli.flags import common
 from fastkv_jax.errors import FastKVConfigError
 
-HEADS, KV_HEADS, DIM, WINDOW = 32, 8, 128, 8
 TARGETS = {"window_scores": 0.85, "decode_attention": 0.75}  # shares of the copy rate; the latter from 4,096 slots on
 
 
@@ -53,13 +52,14 @@ def _run(options: argparse.Namespace) -> int:
     common.use_compile_cache(options)
     import jax
 
-    from fastkv_jax.cli.report import Reporter
+    from fastkv_jax.benchmarks.kernel_cases import cases as cases_of
+    from fastkv_jax.cli.asking.report import Reporter
 
     kernels = options.kernels or ("reference" if platform == "cpu" else platform)
     tokens = options.tokens or ([8192] if platform == "cpu" else [32_768, 131_072])
     say = Reporter(quiet=options.quiet)
     say.header(platform, "float32" if platform == "cpu" else "bfloat16")
-    cases = _cases(platform, kernels, tokens, options.slots or [4096, 13_184], options.rows)
+    cases = cases_of(platform, kernels, tokens, options.slots or [4096, 13_184], options.rows)
     _time(cases, options.repeats, say)
     found = {
         "device": jax.local_devices()[0].device_kind,
@@ -70,72 +70,6 @@ def _run(options: argparse.Namespace) -> int:
     }
     print(json.dumps(found)) if options.json else _table(found)
     return common.OK
-
-
-def _cases(platform: Any, kernels: Any, tokens: list[int], slots: list[int], rows: int) -> list[Case]:
-    """The two yardsticks, copy and product, then the operations."""
-    import jax
-    import jax.numpy as jnp
-
-    import kernels_pallas
-    from fastkv_jax.attention import attention
-
-    dtype = jnp.dtype("float32" if platform == "cpu" else "bfloat16")
-    small = platform == "cpu"
-    keys = iter(jax.random.split(jax.random.key(0), 1000))
-    normal = lambda *shape: jax.random.normal(next(keys), shape, dtype)  # noqa: E731
-    cases = [*yardsticks(platform)]
-    zeros = lambda n: jnp.zeros(n, jnp.int32)  # noqa: E731
-    for t in tokens:
-        q, k = normal(1, HEADS, WINDOW, DIM), normal(1, KV_HEADS, t, DIM)
-
-        def scores(q, k, t=t):
-            return kernels_pallas.window_scores(
-                q, k, zeros(1), zeros(1) + t, kernel_size=7, pooling="avg",
-                implementation=kernels,
-            )  # fmt: skip
-
-        moved = k.nbytes + q.nbytes + 4 * KV_HEADS * t
-        cases.append(Case("window_scores", f"K {KV_HEADS}, T {t:,}", scores, (q, k), moved, 4 * q.size * t))
-        capacity = -(-t // 10 // 128) * 128
-
-        def select(scores, capacity=capacity, t=t):
-            count = jnp.full((1, KV_HEADS), t // 10, jnp.int32)
-            return kernels_pallas.select(scores, count, capacity, implementation=kernels)
-
-        given = jax.random.uniform(next(keys), (1, KV_HEADS, t))
-        moved = given.nbytes + 4 * KV_HEADS * capacity
-        cases.append(Case("select", f"K {KV_HEADS}, T {t:,}, C {capacity:,}", select, (given,), moved, 0))
-    for c in slots:
-        for kind in (dtype.name, "int8", "float8_e4m3fn"):
-            k, v = normal(rows, KV_HEADS, c, DIM), normal(rows, KV_HEADS, c, DIM)
-            scales: tuple[Any, ...] = ()
-            if kind != dtype.name:
-                (k, k_scale), (v, v_scale) = kernels_pallas.quantize(k, kind), kernels_pallas.quantize(v, kind)
-                scales = (k_scale, v_scale)
-            q, new = normal(rows, HEADS, DIM), normal(rows, KV_HEADS, 128, DIM)
-            positions = jnp.broadcast_to(jnp.arange(c), (rows, KV_HEADS, c))
-
-            def decode(q, k, v, positions, new, *scales):
-                names = dict(zip(("k_scale", "v_scale"), scales, strict=False))
-                filled = jnp.full(q.shape[0], 64, jnp.int32)
-                return kernels_pallas.decode_attention(
-                    q, k, v, positions, new, new, filled, implementation=kernels, **names
-                )
-
-            args = (q, k, v, positions, new, *scales)
-            moved = sum(a.nbytes for a in (k, v, positions, *scales)) + new.nbytes
-            shape = f"B·K {rows * KV_HEADS}, C {c:,}, {kind}"
-            cases.append(Case("decode_attention", shape, decode, args, moved, 4 * rows * HEADS * c * DIM))
-    t = min(4096 if small else 32_768, max(tokens))
-    q, k, v = normal(1, HEADS, t, DIM), normal(1, KV_HEADS, t, DIM), normal(1, KV_HEADS, t, DIM)
-
-    def whole(q, k, v):
-        return attention(q, k, v, zeros(1), platform=platform)
-
-    moved = 2 * (q.nbytes + k.nbytes)
-    cases.append(Case("prefill attention", f"H {HEADS}, T {t:,}", whole, (q, k, v), moved, 2 * HEADS * DIM * t * t))
-    return cases
 
 
 def _time(cases: list[Case], repeats: int, say) -> None:

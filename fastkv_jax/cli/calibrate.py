@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkv_jax.cli import common
-from fastkv_jax.cli.prompts import read_text
+from fastkv_jax.cli.asking.prompts import read_text
+from fastkv_jax.cli.flags import common
 from fastkv_jax.errors import FastKVConfigError, InputError
 from fastkv_jax.json_lines import values
 from fastkv_jax.seeds import check_seed
@@ -92,7 +92,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """All that needs neither model nor questions."""
-    from fastkv_jax.calibration import check_path
+    from fastkv_jax.calibration.result import check_path
     from fastkv_jax.methods import FastKV
 
     for flag, suffix in (("output", ".yaml"), ("plot", ".png")):
@@ -114,7 +114,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The questions of --input, or needles of our own making."""
-    from fastkv_jax.evals import needles
+    from fastkv_jax.evals.texts import needles
 
     if options.input is not None:
         for flag in ("count", "tokens", "haystack", "seed"):
@@ -144,8 +144,8 @@ def _calibrate(options: argparse.Namespace, rows: list[dict[str, Any]], platform
     from tqdm import tqdm
 
     from fastkv_jax import checkpoint, text
-    from fastkv_jax.calibrating import calibrate, make_samples
-    from fastkv_jax.cli.report import Reporter
+    from fastkv_jax.calibration.measuring import calibrate, make_samples
+    from fastkv_jax.cli.asking.report import Reporter
     from fastkv_jax.methods import FastKV
 
     say = Reporter(quiet=options.quiet)

@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from fastkv_jax.cli.common import leave
+from fastkv_jax.cli.flags.common import leave
 
 COMMANDS = {
     "generate": "answer prompts",

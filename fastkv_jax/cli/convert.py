@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastkv_jax.cli import common
+from fastkv_jax.cli.flags import common
 
 
 class _Parser(argparse.ArgumentParser):

@@ -21,10 +21,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from fastkv_jax import presets
-from fastkv_jax.cli import common, joining, meshes, settings
+from fastkv_jax.cli.flags import common, joining, meshes, settings
 from fastkv_jax.errors import FastKVConfigError, InputError
-from fastkv_jax.methods import Method
+from fastkv_jax.methods import Method, presets
 
 RUN_KEYS = {"name": str, "method": str, "preset": str, "settings": dict}
 PICTURES = ("needles.png", "frontier.png")
@@ -81,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fastkv_jax.evals.catalogue import SuiteSettings, check
+    from fastkv_jax.evals.suites.catalogue import SuiteSettings, check
 
     for name in ("batch_tokens", "max_rows"):
         if getattr(options, name) < 1:
@@ -106,7 +105,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _check_output(output: str) -> None:
     """Raise `InputError` unless nothing is there, or only what an earlier run of this command has left."""
-    from fastkv_jax.evals import folder
+    from fastkv_jax.evals.records import folder
 
     path = folder.writable(output)
     if not path.is_dir():
@@ -122,8 +121,8 @@ def _check_output(output: str) -> None:
 
 def _grid(options: argparse.Namespace) -> dict[str, Any] | None:
     """The content of a grid's file; None for a suite by name."""
-    from fastkv_jax.evals import suites
-    from fastkv_jax.evals.catalogue import USES
+    from fastkv_jax.evals.suites import grids
+    from fastkv_jax.evals.suites.catalogue import USES
 
     if options.suite in USES:
         return None
@@ -131,7 +130,7 @@ def _grid(options: argparse.Namespace) -> dict[str, Any] | None:
         if options.suite.endswith(".yaml"):
             found = yaml.safe_load(Path(options.suite).read_text(encoding="utf-8"))
         else:
-            found = suites.load(options.suite)
+            found = grids.load(options.suite)
     except FileNotFoundError as error:
         raise FastKVConfigError(f"unknown suite {options.suite!r}; there are: {', '.join(USES)}, evidence, or a .yaml "
                                 "file") from error  # fmt: skip
@@ -154,7 +153,7 @@ def _grid(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _suite_settings(entry: dict[str, Any]) -> Any:
-    from fastkv_jax.evals.catalogue import SuiteSettings
+    from fastkv_jax.evals.suites.catalogue import SuiteSettings
 
     known = {field.name for field in dataclasses.fields(SuiteSettings)}
     if not isinstance(entry, dict) or "suite" not in entry or entry.keys() - known:
@@ -192,9 +191,9 @@ def _evaluate(
     options: argparse.Namespace, suites, grid, axes: dict[str, int], platform: str, share: joining.Share | None
 ) -> int:
     from fastkv_jax import checkpoint, text
-    from fastkv_jax.cli.report import Reporter
-    from fastkv_jax.evals import catalogue
+    from fastkv_jax.cli.asking.report import Reporter
     from fastkv_jax.evals.engine import ModelEngine
+    from fastkv_jax.evals.suites import catalogue
 
     say = Reporter(quiet=options.quiet)
     dtype = common.dtype_for(options, platform)
@@ -242,10 +241,10 @@ def _answer(
     """Every run's answers, each in a folder of its own; `engine` lacks the run's method."""
     import jax
 
-    from fastkv_jax.evals import folder
     from fastkv_jax.evals.engine import OnePass
-    from fastkv_jax.evals.runner import Alone, run_together
-    from fastkv_jax.evals.signals import deferred_signals
+    from fastkv_jax.evals.records import folder
+    from fastkv_jax.evals.running.runner import Alone, run_together
+    from fastkv_jax.evals.running.signals import deferred_signals
 
     samples = [sample for suite in built for sample in suite.samples]
     suite_of = {task: suite for suite in built for task in suite.metrics}
@@ -286,7 +285,7 @@ def _answer(
 
 def _shared(runs: Sequence[Run], num_layers: int, share: bool) -> list[list[Run]]:
     """The runs, those together that one prefill can serve."""
-    from fastkv_jax.many_methods import in_one_pass
+    from fastkv_jax.prefilling.many_methods import in_one_pass
 
     alone: list[list[Run]] = []
     shared: dict[bool, list[Run]] = {}  # by where the window ends
@@ -304,7 +303,7 @@ def _folder(options: argparse.Namespace, one: Run) -> str:
 
 def _date_there(options: argparse.Namespace, runs: list[Run]) -> str | None:
     """The date that templates were told by the run that is resumed, if one is."""
-    from fastkv_jax.evals import folder, records
+    from fastkv_jax.evals.records import folder, records
 
     for one in runs:
         run = records.read_run(folder.writable(_folder(options, one)))
@@ -334,9 +333,9 @@ def _report(options: argparse.Namespace, runs: list[Run], built) -> None:
     """
     from etils import epath
 
-    from fastkv_jax.evals import frontier, heat_map, tables
-    from fastkv_jax.evals.folder import write_whole
-    from fastkv_jax.evals.records import RESULTS, merged
+    from fastkv_jax.evals.records.folder import write_whole
+    from fastkv_jax.evals.records.records import RESULTS, merged
+    from fastkv_jax.evals.reports import frontier, heat_map, tables
 
     out = epath.Path(options.output)
     waiting = [one.name for one in runs if not (out / _slug(one.name) / RESULTS).exists()]

@@ -19,11 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from fastkv_jax import presets
-from fastkv_jax.cli import common, prompts, settings
+from fastkv_jax.cli.asking import prompts
+from fastkv_jax.cli.flags import common, settings
 from fastkv_jax.errors import FastKVConfigError, InputError, ModelWarning
 from fastkv_jax.files import check_target, replacing
-from fastkv_jax.methods import FullKV
+from fastkv_jax.methods import FullKV, presets
 from fastkv_jax.methods.plan import layers_run
 from fastkv_jax.seeds import check_seed
 
@@ -129,7 +129,7 @@ def check(options: argparse.Namespace) -> None:
     if options.output is not None:
         _check_output(Path(options.output), options.overwrite)
     if options.explain is not None:
-        from fastkv_jax.explaining import check_path
+        from fastkv_jax.explanation.explanation import check_path
 
         check_path(options.explain)
     for flag in ("save_cache", "explain"):
@@ -167,12 +167,12 @@ def _generate(options: argparse.Namespace, requests: list[prompts.Request], plat
     import jax
 
     from fastkv_jax import checkpoint, text
-    from fastkv_jax.answers import split_stops
-    from fastkv_jax.cli.engine import Engine
-    from fastkv_jax.cli.report import Reporter
-    from fastkv_jax.cli.saved import Saved
-    from fastkv_jax.inference import PrefillOptions, check_in_chunks
-    from fastkv_jax.sampling import Greedy, Sample
+    from fastkv_jax.cli.asking.answering import Engine
+    from fastkv_jax.cli.asking.report import Reporter
+    from fastkv_jax.cli.asking.saved import Saved
+    from fastkv_jax.decoding.answers import split_stops
+    from fastkv_jax.decoding.sampling import Greedy, Sample
+    from fastkv_jax.prefilling.doors import PrefillOptions, check_in_chunks
 
     say = Reporter(quiet=options.quiet)
     dtype = common.dtype_for(options, platform)
@@ -257,7 +257,7 @@ def _encode_all(
 ) -> Iterator[tuple[prompts.Request, Any]]:
     """Every request with its tokens; in a batch, one that does not fit is answered by its error."""
     from fastkv_jax.chat_template import Rendering
-    from fastkv_jax.cli.engine import PromptOptions, encode
+    from fastkv_jax.cli.asking.answering import PromptOptions, encode
 
     limit, name = config.max_position_embeddings, "max_position_embeddings"
     if options.max_seq_len is not None:
@@ -293,8 +293,8 @@ def _encode_all(
 
 def _one(options, engine, job, say, effective: dict[str, Any]) -> int:
     """One answer, streamed to stdout."""
-    from fastkv_jax.cli import report
-    from fastkv_jax.explaining import explain
+    from fastkv_jax.cli.asking import report
+    from fastkv_jax.explanation.explanation import explain
 
     def picture(result: Any, tokens: Any, start: Any) -> None:
         if options.explain is not None and engine.reading.get("cache") is None:  # of what is read first
@@ -320,8 +320,8 @@ def _one(options, engine, job, say, effective: dict[str, Any]) -> int:
 
 def _read_and_save(options, engine, job, say, picture) -> tuple[Any, Any]:
     """Read the prompt's words and keep them in a file; what is left to do: answer the template's tail after them."""
-    from fastkv_jax.cli.engine import Encoded
-    from fastkv_jax.cli.saved import parts, save
+    from fastkv_jax.cli.asking.answering import Encoded
+    from fastkv_jax.cli.asking.saved import parts, save
 
     words, rest, tail = parts(engine.tokenizer, job)
     with say.timed("reading", f"{len(words):,} tok") as note:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fastkv_jax.cli import common
+from fastkv_jax.cli.flags import common
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:
         print("error: lm-eval 0.4.13 or later is not installed; pip install fastkv-jax[lm-eval]", file=sys.stderr)
         return common.USAGE
-    from fastkv_jax.cli import compile_cache
+    from fastkv_jax.cli.flags import compile_cache
     from fastkv_jax.evals import lm_eval_model  # noqa: F401 - registers it
 
     common.tell_warnings(quiet=False)

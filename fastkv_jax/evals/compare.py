@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastkv_jax.buckets import pad_batch
-from fastkv_jax.cache import KVCache
+from fastkv_jax.cache.kv_cache import KVCache
 from fastkv_jax.costs import full_cache_bytes, prefill_flops
-from fastkv_jax.evals.memory_maps import forget_programs_if_many
-from fastkv_jax.inference import prefill
-from fastkv_jax.many_methods import in_one_pass, prefill_all
+from fastkv_jax.evals.running.memory_maps import forget_programs_if_many
 from fastkv_jax.methods import ASL, METHODS, FullKV, Method
-from fastkv_jax.model import Llama
-from fastkv_jax.scoring import next_token_scores
+from fastkv_jax.model.llama import Llama
+from fastkv_jax.prefilling.doors import prefill
+from fastkv_jax.prefilling.likelihood import next_token_scores
+from fastkv_jax.prefilling.many_methods import in_one_pass, prefill_all
 
 SETTINGS = {"window_size": 16, "kernel_size": 21}  # of the methods that have them
 

@@ -13,26 +13,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastkv_jax import generation, inference, text
-from fastkv_jax.adaptive import Adaptive
-from fastkv_jax.answers import Transcript, split_stops
+from fastkv_jax import text
 from fastkv_jax.buckets import bucket_for, pad_batch
-from fastkv_jax.cache import KVCache
+from fastkv_jax.cache.kv_cache import KVCache
 from fastkv_jax.chat_template import Rendering
 from fastkv_jax.costs import full_cache_bytes, prefill_flops
+from fastkv_jax.decoding import loop
+from fastkv_jax.decoding.answers import Transcript, split_stops
+from fastkv_jax.decoding.sampling import Greedy, Sampler
 from fastkv_jax.errors import InputError
 from fastkv_jax.evals import prompts
-from fastkv_jax.evals.memory_maps import forget_programs_if_many
 from fastkv_jax.evals.protocols import Protocol
+from fastkv_jax.evals.running.memory_maps import forget_programs_if_many
 from fastkv_jax.evals.sample import Encoded, Sample
-from fastkv_jax.inputs import static_tail
-from fastkv_jax.many_methods import prefill_all
 from fastkv_jax.methods import FullKV, Method
-from fastkv_jax.model import Llama
-from fastkv_jax.ops import Kernels
-from fastkv_jax.sampling import Greedy, Sampler
-from fastkv_jax.scoring import next_token_scores
-from fastkv_jax.sharding import DATA
+from fastkv_jax.model.llama import Llama
+from fastkv_jax.model.platforms import Kernels
+from fastkv_jax.model.sharding import DATA
+from fastkv_jax.prefilling import doors
+from fastkv_jax.prefilling.adaptive import Adaptive
+from fastkv_jax.prefilling.likelihood import next_token_scores
+from fastkv_jax.prefilling.many_methods import prefill_all
+from fastkv_jax.prefilling.prompt import static_tail
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -99,7 +101,7 @@ class ModelEngine:
         return self._go_on(result, batch, new, before, time.perf_counter() - began)
 
     def _go_on(
-        self, result: inference.Prefill, batch: Sequence[Encoded], new: int, before: int, prefill_s: float | None
+        self, result: doors.Prefill, batch: Sequence[Encoded], new: int, before: int, prefill_s: float | None
     ) -> list[dict[str, Any]]:
         """The answers after a prefill of so many seconds, None if they are nobody's alone."""
         kept = result.cache.entry_bytes()
@@ -112,9 +114,9 @@ class ModelEngine:
         more = {**times, "rows": len(batch), "compiled": _compilations() - before}
         return [{**row, **cost, **more} for row, cost in zip(rows, costs, strict=True)]
 
-    def _prepared(self, batch: Sequence[Encoded], new: int) -> inference.Prepared:
+    def _prepared(self, batch: Sequence[Encoded], new: int) -> doors.Prepared:
         """The prefill; where the context is compressed before the question is read, the question's."""
-        prepare = partial(inference.prepare, self.model, kernels=self.kernels, kv_dtype=self.kv_dtype)
+        prepare = partial(doors.prepare, self.model, kernels=self.kernels, kv_dtype=self.kv_dtype)
         if self.query_aware or not new:
             tokens, start, ends = self._batched(batch)
             return prepare(tokens, start, method=self.method, max_new_tokens=new, window_end=ends)
@@ -148,11 +150,9 @@ class ModelEngine:
         said = [self._transcript(prompt.sample) for prompt in batch]
         result = self._with_a_first_token(result, batch)
         options: dict[str, Any] = {"kernels": self.kernels, "stop_tokens": self._ends(), "sampler": self.sampler}
-        generation.compile_decode(self.model, result, **options)
+        loop.compile_decode(self.model, result, **options)
         made, began, first_at = 0, time.perf_counter(), 0.0
-        for chunk, _ in generation.decode_chunks(
-            self.model, result, max_new_tokens=new, key=self._key(batch), **options
-        ):
+        for chunk, _ in loop.decode_chunks(self.model, result, max_new_tokens=new, key=self._key(batch), **options):
             first_at = first_at or time.perf_counter()
             made += chunk.shape[1]
             for row, tokens in zip(said, chunk, strict=True):
@@ -185,7 +185,7 @@ class ModelEngine:
             return (int(self.tokenizer.eos_token_id),)
         return self.published_ends or self.model.config.stop_tokens
 
-    def _with_a_first_token(self, result: inference.Prefill, batch: Sequence[Encoded]) -> inference.Prefill:
+    def _with_a_first_token(self, result: doors.Prefill, batch: Sequence[Encoded]) -> doors.Prefill:
         """Logits under which answers do not end before they begin, where the protocol has it so."""
         if self.protocol is None:
             return result

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastkv_jax.decoding.sampling import Greedy, Sample, Sampler
 from fastkv_jax.errors import FastKVConfigError
-from fastkv_jax.sampling import Greedy, Sample, Sampler
 from fastkv_jax.seeds import check_seed
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the harness's own, and aliases

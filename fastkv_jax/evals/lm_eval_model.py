@@ -21,18 +21,20 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-from fastkv_jax import checkpoint, inference, presets, text
-from fastkv_jax.answers import split_stops
+from fastkv_jax import checkpoint, text
 from fastkv_jax.buckets import bucket_for, pad_batch
 from fastkv_jax.chat_template import Rendering, parse_arguments, parse_date, render
 from fastkv_jax.checkpoint import Resolved
+from fastkv_jax.decoding.answers import split_stops
+from fastkv_jax.decoding.sampling import Sampler
 from fastkv_jax.errors import FastKVConfigError
 from fastkv_jax.evals import gen_kwargs
 from fastkv_jax.evals.engine import ModelEngine
 from fastkv_jax.evals.gen_kwargs import Decoding
 from fastkv_jax.evals.sample import Encoded, Sample
-from fastkv_jax.sampling import Sampler
-from fastkv_jax.scoring import next_token_scores
+from fastkv_jax.methods import presets
+from fastkv_jax.prefilling import doors
+from fastkv_jax.prefilling.likelihood import next_token_scores
 
 NO_ROLLING = (
     "the likelihood of a whole text has no prompt to compress; use tasks with a context, or "
@@ -202,13 +204,13 @@ class FastKVModel(LM):
         known = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, *self._engine.model.config.stop_tokens)
         return next((token for token in known if token is not None), 0)
 
-    def _read(self, context: list[int]) -> inference.Prefill:
+    def _read(self, context: list[int]) -> doors.Prefill:
         engine = self._engine
-        return inference.prefill(
+        return doors.prefill(
             engine.model, *pad_batch([context]), method=engine.method, max_new_tokens=0, kv_dtype=engine.kv_dtype
         )
 
-    def _likelihood(self, read: inference.Prefill, continuation: list[int]) -> tuple[float, bool]:
+    def _likelihood(self, read: doors.Prefill, continuation: list[int]) -> tuple[float, bool]:
         """The first token is judged by the prompt's own logits, the others by what follows the cache.
 
         That nothing follows is certain.

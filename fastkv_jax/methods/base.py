@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fastkv_jax.ops import PLAIN, Ops
+from fastkv_jax.model.ops import PLAIN, Ops
 
 
 class Segment(NamedTuple):

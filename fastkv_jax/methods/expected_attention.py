@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from fastkv_jax import rope
 from fastkv_jax.methods.base import Layer
 from fastkv_jax.methods.budgets import check_int
 from fastkv_jax.methods.compression import Compression
+from fastkv_jax.model import rope
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from fastkv_jax import sharding
-from fastkv_jax.checkpoint import gguf as our_gguf
 from fastkv_jax.checkpoint import hugging_face
-from fastkv_jax.config import LlamaConfig, RopeConfig
-from fastkv_jax.model import Llama
+from fastkv_jax.checkpoint.gguf import weights as our_gguf
+from fastkv_jax.model import sharding
+from fastkv_jax.model.config import LlamaConfig, RopeConfig
+from fastkv_jax.model.llama import Llama
 
 
 def tiny_config(**changes: Any) -> LlamaConfig:

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from fastkv_jax.checkpoint import inspect, load_model, orbax, resolve
-from fastkv_jax.config import Llama3Scaling, RopeConfig
 from fastkv_jax.errors import CheckpointError, FastKVConfigError
+from fastkv_jax.model.config import Llama3Scaling, RopeConfig
 
 ROOT = Path(__file__).parents[2]
 

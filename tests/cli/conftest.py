@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fastkv_jax.checkpoint import hugging_face
-from fastkv_jax.config import from_hugging_face
-from fastkv_jax.model import Llama
+from fastkv_jax.model.config import from_hugging_face
+from fastkv_jax.model.llama import Llama
 
 TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from fastkv_jax.cli import benchmark, benchmark_command, device_rates
+from fastkv_jax.benchmarks import device_rates, processes
+from fastkv_jax.cli import benchmark
 from fastkv_jax.errors import BackendError
 
 KERNELS = ["kernels", "--platform", "cpu", "--quiet", "--no-compile-cache", "--repeats", "1", "--rows", "1"]
@@ -82,7 +83,7 @@ def test_what_a_user_waits_for_is_measured_from_the_outside(capsys, tiny_model):
 
 def test_a_command_that_fails_says_why():
     with pytest.raises(BackendError, match="^generate: max_new_tokens must be >= 1, got 0$"):
-        benchmark_command.wait_for(["generate", "--prompt", "x", "-n", "0"])
+        processes.wait_for(["generate", "--prompt", "x", "-n", "0"])
 
 
 @pytest.mark.parametrize(

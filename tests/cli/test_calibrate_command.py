@@ -7,9 +7,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from fastkv_jax import checkpoint, presets
-from fastkv_jax.cli import calibrate, commands, settings
+from fastkv_jax import checkpoint
+from fastkv_jax.cli import calibrate, commands
+from fastkv_jax.cli.flags import settings
 from fastkv_jax.cli.generate import parser as generate_parser
+from fastkv_jax.methods import presets
 
 FEW = ("--windows", "4", "--kernels", "3,5", "--layers", "0-2", "--finalists", "1", "--max-new-tokens", "4")
 

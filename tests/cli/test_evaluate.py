@@ -17,7 +17,7 @@ from etils.epath import backend
 
 import moments
 from fastkv_jax.cli import convert, evaluate
-from fastkv_jax.evals import locks
+from fastkv_jax.evals.records import locks
 from fastkv_jax.files import scratch_in
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate.py"

@@ -17,10 +17,11 @@ from lm_eval.tasks import TaskManager
 
 import fastkv_jax as fk
 from fastkv_jax.cli import evaluate
-from fastkv_jax.evals import gen_kwargs, longbench, prompts
+from fastkv_jax.evals import gen_kwargs, prompts
 from fastkv_jax.evals.lm_eval_model import FastKVModel
 from fastkv_jax.evals.protocols import UPSTREAM
-from fastkv_jax.evals.records import merged
+from fastkv_jax.evals.records.records import merged
+from fastkv_jax.evals.suites import longbench
 
 QUESTIONS = [{"question": "one and one?", "answer": "two"}, {"question": "the sea is?", "answer": "salt"}]
 
@@ -224,7 +225,7 @@ generation_kwargs: {{until: [], max_gen_toks: 32, do_sample: false}}
 metric_list: [{{metric: f1, aggregation: mean, higher_is_better: true}}]
 """
 SCORING = """
-from fastkv_jax.evals import longbench, scorers
+from fastkv_jax.evals.suites import longbench, scorers
 
 HOTPOTQA = longbench.TASKS["hotpotqa"]
 

@@ -20,10 +20,10 @@ if (
     package.__path__ = [str(Path(__file__).parents[2] / "fastkv_jax")]
     sys.modules["fastkv_jax"] = package
 
-from fastkv_jax.evals.folder import opened
-from fastkv_jax.evals.runner import Summary, run
+from fastkv_jax.evals.records.folder import opened
+from fastkv_jax.evals.running.runner import Summary, run
 from fastkv_jax.evals.sample import Encoded, Sample
-from fastkv_jax.evals.scorers import Scored
+from fastkv_jax.evals.suites.scorers import Scored
 
 CONFIG = {"method": "fake", "protocol": "test", "budgets": (1, 2)}
 TIMINGS = ("ttft_s",)
@@ -98,9 +98,9 @@ def without_timings(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
 
 def report(folder: Path) -> None:
     """A table and a picture of what was answered, as the command writes them at its end."""
-    from fastkv_jax.evals import heat_map, tables
-    from fastkv_jax.evals.folder import write_whole
-    from fastkv_jax.evals.records import merged
+    from fastkv_jax.evals.records.folder import write_whole
+    from fastkv_jax.evals.records.records import merged
+    from fastkv_jax.evals.reports import heat_map, tables
 
     records = merged(folder)
     table = tables.as_markdown(tables.rows_of([tables.Run("fake", records)], lambda _: {}))
@@ -111,7 +111,7 @@ def report(folder: Path) -> None:
 
 
 def _command(options: argparse.Namespace) -> int:
-    from fastkv_jax.evals.signals import deferred_signals
+    from fastkv_jax.evals.running.signals import deferred_signals
 
     with deferred_signals() as stop:
         evaluate(
@@ -123,7 +123,7 @@ def _command(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    from fastkv_jax.cli import common
+    from fastkv_jax.cli.flags import common
 
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")

@@ -9,10 +9,11 @@ import pytest
 
 import fastkv_jax as fk
 from fastkv_jax import text
-from fastkv_jax.evals import needle_grid, prompts
+from fastkv_jax.evals import prompts
 from fastkv_jax.evals.engine import ModelEngine, OnePass
 from fastkv_jax.evals.protocols import FASTKV, UPSTREAM
 from fastkv_jax.evals.sample import Sample
+from fastkv_jax.evals.suites import needle_grid
 
 METHOD = fk.FastKV(tsp_layer=2, tsp_rate=0.5, retention_rate=0.5, window_size=16, kernel_size=21,
                    min_prompt_to_compress=0)  # fmt: skip

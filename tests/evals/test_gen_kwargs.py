@@ -2,9 +2,9 @@
 
 import pytest
 
+from fastkv_jax.decoding.sampling import Greedy, Sample
 from fastkv_jax.errors import FastKVConfigError
 from fastkv_jax.evals.gen_kwargs import LENGTHS, check, read
-from fastkv_jax.sampling import Greedy, Sample
 
 
 @pytest.mark.parametrize(

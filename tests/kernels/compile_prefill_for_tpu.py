@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import fastkv_jax as fk
 from fastkv_jax.checkpoint.assemble import abstract_model
-from fastkv_jax.config import LlamaConfig, RopeConfig
+from fastkv_jax.model.config import LlamaConfig, RopeConfig
 
 TOKENS = 8192
 CONFIG = LlamaConfig(

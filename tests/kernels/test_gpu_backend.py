@@ -13,7 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 import fastkv_jax as fk
 import kernels_pallas
 from examples import model_a
-from fastkv_jax.inference import decode
+from fastkv_jax.decoding.step import decode
 from kernels_pallas import gpu_backend
 
 # jax announces at lowering that Triton will go one day; gpu_backend.py is where that will be met.

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import fastkv_jax as fk
 from examples import EXAMPLES, LENGTHS, METHOD_IDS, METHODS, TAILS, filled, filled_by_head, layers, ragged
-from fastkv_jax.adaptive import Adaptive
 from fastkv_jax.methods.base import Layer, Method, Segment
 from fastkv_jax.methods.plan import check_plan, effective_budgets
+from fastkv_jax.prefilling.adaptive import Adaptive
 
 LAYERS = 4
 N = np.arange(1, 4098)

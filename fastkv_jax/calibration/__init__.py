@@ -1,0 +1,1 @@
+"""Choosing FastKV's settings for a model by measuring."""

@@ -1,0 +1,1 @@
+"""Tokenizers of a model folder, and which tokens end a turn."""

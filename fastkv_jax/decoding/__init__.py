@@ -1,0 +1,1 @@
+"""Tokens after a prompt: one step, the loop, and the text that it makes."""

@@ -1,0 +1,81 @@
+"""One step of decoding: the public door with its check, and the step as a part of a larger program."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int
+
+from fastkv_jax.cache.kv_cache import KVCache
+from fastkv_jax.cache.segment import SegmentKV
+from fastkv_jax.errors import InputError
+from fastkv_jax.model import rope
+from fastkv_jax.model.llama import Llama
+from fastkv_jax.model.ops import Ops
+from fastkv_jax.model.platforms import KERNELS, Kernels, platform_of
+
+
+def decode_step(
+    model: Llama, token: Any, cache: KVCache, *, kernels: Kernels | None = None
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """Feed one token [B] per row: the logits that follow it, and the cache with its entries. The cache is donated.
+
+    Raises `InputError` when the cache has no room left, never a clamped write (a traced cache is not checked).
+    """
+    if not isinstance(cache.used, Tracer) and int(cache.used) >= cache.max_new_tokens:
+        slots = max(segment.k.shape[3] for segment in cache.segments) + cache.max_new_tokens
+        raise InputError(f"cache is full ({slots}/{slots}): it has room for max_new_tokens={cache.max_new_tokens}")
+    kernels = kernels or KERNELS[platform_of(model)]
+    return _decode_jit(model, jnp.asarray(token, jnp.int32), cache, kernels=kernels)
+
+
+def decode(
+    model: Llama,
+    token: Int[Array, " B"],
+    cache: KVCache,
+    live: Bool[Array, " B"] | None = None,
+    *,
+    kernels: Kernels = "reference",
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """One step without checks, jit or donation, to be a part of a larger program.
+
+    Rows that are not `live` have ended: what they are fed does not count.
+    """
+    x = model.embed(token[:, None])
+    cos, sin = rope.angles(model.config.rope, model.config.head_dim, cache.position[:, None])
+
+    def layer(segment: SegmentKV, first: int, carry, index):
+        x, k_new, v_new = carry
+        block = model.layer(index, in_place=kernels == "gpu" and model.mesh is None)
+        q, k, v = block.qkv(x, cos, sin)
+        k_new, v_new = (
+            lax.dynamic_update_slice(buffer, a[None], (index, 0, 0, cache.used, 0))
+            for buffer, a in ((k_new, k), (v_new, v))
+        )
+        frozen = segment.k, segment.v, segment.positions
+        extras = segment.heads, segment.k_scale, segment.v_scale, (index - first, index)
+        out = ops.decode_attention(q[:, :, 0], *frozen, k_new, v_new, cache.filled + 1, *extras)
+        return (block.output(x, out[:, :, None]), k_new, v_new), None
+
+    ops = Ops(kernels, model.mesh)
+    carry = x, cache.k_new, cache.v_new
+    for segment, first, stop in zip(cache.segments, cache.edges, cache.edges[1:], strict=False):
+        carry, _ = lax.scan(partial(layer, segment, first), carry, jnp.arange(first, stop))
+    x, k_new, v_new = carry
+    step = jnp.ones_like(cache.filled) if live is None else live.astype(jnp.int32)
+    cache = dataclasses.replace(
+        cache,
+        k_new=k_new,
+        v_new=v_new,
+        used=cache.used + 1,
+        filled=cache.filled + step,
+        position=cache.position + step,
+    )
+    return model.logits(x[:, 0]), cache
+
+
+_decode_jit = jax.jit(decode, donate_argnames=("cache",), static_argnames=("kernels",))

@@ -1,0 +1,1 @@
+"""What a run writes: a folder that one process owns, parts, records."""

@@ -1,0 +1,1 @@
+"""Samples through an engine into records, resumed after any end."""

@@ -1,0 +1,1 @@
+"""The suites: their samples and how answers are scored."""

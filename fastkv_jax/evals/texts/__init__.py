@@ -1,0 +1,1 @@
+"""Texts that suites are made of."""

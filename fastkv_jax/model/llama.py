@@ -1,0 +1,179 @@
+"""The Llama family as Flax NNX modules that only project: no cache, no method, no loop.
+
+A module here is a plain pytree. Layers are stacked along a leading axis L and picked by a (traced) index inside the
+scan over layers, so a run of layers costs no copy of its weights.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+import kernels_pallas
+from fastkv_jax.model import rope
+from fastkv_jax.model.config import LlamaConfig
+
+_ROWS = 2048  # of the MLP at once: eight times what an accelerator's matrix units need to outrun its memory
+
+
+def rms_norm(x: Float[Array, "*S E"], weight: Float[Array, " E"], eps: float) -> Float[Array, "*S E"]:
+    """Root-mean-square norm, computed in float32. Source: arXiv 1910.07467, eq. 4."""
+    x32 = x.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return weight * (x32 * scale).astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """One layer's matrix, still in the stack of all layers: for kernels that read it there."""
+
+    values: Float[Array, "L O I"]
+    index: Int[Array, ""]
+    kernels: Literal["gpu"]
+
+    def __getitem__(self, _: Any) -> "Stacked":  # as an array in a parameter is read
+        return self
+
+
+def linear(x: Float[Array, "*S I"], weight: Float[Array, "O I"] | Stacked, bias: Float[Array, " O"] | None = None):
+    """x @ weight.T + bias. Weights keep the checkpoint's layout [out, in]: a decode step streams whole rows."""
+    if isinstance(weight, Stacked):
+        rows = x.reshape(-1, x.shape[-1])
+        y = kernels_pallas.linear(rows, weight.values, weight.index, implementation=weight.kernels)
+        y = y.reshape(*x.shape[:-1], -1)
+    else:
+        y = jnp.einsum("...i,oi->...o", x, weight)
+    return y if bias is None else y + bias
+
+
+class Block(nnx.Module):
+    """One decoder layer, or L of them stacked: projections before and after attention."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike):
+        c, stack = config, config.num_layers
+        query, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        self.config = nnx.static(c)
+
+        def matrix(out: int, inner: int) -> nnx.Param:
+            values = jax.random.normal(rngs.params(), (stack, out, inner), dtype)
+            return nnx.Param(values * jnp.asarray(1 / math.sqrt(inner), dtype))
+
+        def vector(size: int, fill: float) -> nnx.Param:
+            return nnx.Param(jnp.full((stack, size), fill, dtype))
+
+        self.attention_norm = vector(c.hidden_size, 1.0)
+        self.wq, self.wk, self.wv = matrix(query, c.hidden_size), matrix(kv, c.hidden_size), matrix(kv, c.hidden_size)
+        self.wo = matrix(c.hidden_size, query)
+        self.bq, self.bk, self.bv = (
+            (vector(query, 0.0), vector(kv, 0.0), vector(kv, 0.0)) if c.qkv_bias else (None, None, None)
+        )
+        self.bo = vector(c.hidden_size, 0.0) if c.output_bias else None
+        self.q_norm, self.k_norm = (vector(c.head_dim, 1.0), vector(c.head_dim, 1.0)) if c.qk_norm else (None, None)
+        self.mlp_norm = vector(c.hidden_size, 1.0)
+        self.w_gate = matrix(c.intermediate_size, c.hidden_size)
+        self.w_up = matrix(c.intermediate_size, c.hidden_size)
+        self.w_down = matrix(c.hidden_size, c.intermediate_size)
+
+    def qkv(self, x: Float[Array, "B T E"], cos: Float[Array, "B T D"], sin: Float[Array, "B T D"]):
+        """Queries [B, H, T, D], keys and values [B, K, T, D] of one layer; queries and keys rotated."""
+        c = self.config
+        x = rms_norm(x, self.attention_norm[...], c.rms_norm_eps)
+        q, k, v = (
+            rearrange(linear(x, w[...], None if b is None else b[...]), "b t (n d) -> b n t d", d=c.head_dim)
+            for w, b in ((self.wq, self.bq), (self.wk, self.bk), (self.wv, self.bv))
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q = rms_norm(q, self.q_norm[...], c.rms_norm_eps)
+            k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
+        return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v
+
+    def output(
+        self, x: Float[Array, "B T E"], attended: Float[Array, "B H T D"], parts: int = 1
+    ) -> Float[Array, "B T E"]:
+        """The residual stream after attention's projection and the MLP of one layer, a block of rows at a time.
+
+        Rows do not see each other here: blocks keep the MLP's wide activations small, and x is updated in place. T may
+        be spread over devices in `parts` equal pieces, each with blocks of its own.
+        """
+        if parts > 1:
+            mine = (
+                rearrange(x, "b (p t) e -> b p t e", p=parts),
+                rearrange(attended, "b h (p t) d -> b h p t d", p=parts),
+            )
+            return jax.vmap(self.output, in_axes=(1, 2), out_axes=1)(*mine).reshape(x.shape)
+        bias = None if self.bo is None else self.bo[...]
+
+        def of_rows(x, attended):
+            x = x + linear(rearrange(attended, "b h t d -> b t (h d)"), self.wo[...], bias)
+            y = rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps)
+            gated = jax.nn.silu(linear(y, self.w_gate[...])) * linear(y, self.w_up[...])
+            return x + linear(gated, self.w_down[...])
+
+        tokens = x.shape[1]
+        blocks = -(-tokens // _ROWS)
+        if blocks <= 1:
+            return of_rows(x, attended)
+        rows = -(-tokens // (blocks * 128)) * 128
+
+        def one_block(i, x):
+            first = jnp.minimum(i * rows, tokens - rows)  # the last block begins in the one before it
+            old = lax.dynamic_slice_in_dim(x, first, rows, axis=1)
+            new = of_rows(old, lax.dynamic_slice_in_dim(attended, first, rows, axis=2))
+            is_new = first + jnp.arange(rows) >= i * rows
+            return lax.dynamic_update_slice_in_dim(x, jnp.where(is_new[:, None], new, old), first, axis=1)
+
+        return lax.fori_loop(0, blocks, one_block, x)
+
+
+class Llama(nnx.Module):
+    """A Llama-family decoder: embedding, stacked blocks, final norm, language-model head.
+
+    `mesh` (static) is the device mesh its weights are laid out on, None on a single device.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike = jnp.float32, mesh: Mesh | None = None
+    ):
+        self.config = nnx.static(config)
+        self.mesh = nnx.static(mesh)
+        table = (config.vocab_size, config.hidden_size)
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), table, dtype) * jnp.asarray(0.02, dtype))
+        self.layers = Block(config, rngs, dtype)
+        self.norm = nnx.Param(jnp.ones((config.hidden_size,), dtype))
+        head = None if config.tie_word_embeddings else jax.random.normal(rngs.params(), table, dtype)
+        self.lm_head = None if head is None else nnx.Param(head * jnp.asarray(0.02, dtype))
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of weights and activations."""
+        return jax.tree.leaves(self)[0].dtype
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+        """Token embeddings."""
+        return self.embedding[...][tokens]
+
+    def layer(self, index: Int[Array, ""], in_place: bool = False) -> Block:
+        """Block `index` of the stack; the index may be traced.
+
+        `in_place`: its matrices stay in the stack, for a GPU's few rows; elsewhere XLA needs no such help.
+        """
+
+        def pick(a: Array) -> Any:
+            if in_place and a.ndim == 3:
+                return Stacked(a, index, "gpu")
+            return lax.dynamic_index_in_dim(a, index, keepdims=False)
+
+        return jax.tree.map(pick, self.layers)
+
+    def logits(self, x: Float[Array, "B E"]) -> Float[Array, "B V"]:
+        """Next-token logits in float32 for the last hidden state of each row."""
+        x = rms_norm(x, self.norm[...], self.config.rms_norm_eps)
+        table = self.embedding if self.lm_head is None else self.lm_head
+        return jnp.einsum("be,ve->bv", x, table[...], preferred_element_type=jnp.float32)

@@ -1,0 +1,1 @@
+"""Reading prompts: the doors, the programs of a pass, and who drives them."""
