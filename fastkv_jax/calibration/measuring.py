@@ -38,7 +38,7 @@ from fastkv_jax.methods.plan import Stage, effective_budgets
 from fastkv_jax.model.config import LlamaConfig
 from fastkv_jax.model.llama import Llama, rms_norm
 from fastkv_jax.model.ops import Ops
-from fastkv_jax.model.platforms import Kernels, Platform, platform_of
+from fastkv_jax.model.platforms import Kernels, Platform
 from fastkv_jax.prefilling.doors import Prepared, prepare
 from fastkv_jax.prefilling.layers import Prefill, Progress, observe, turns
 from fastkv_jax.prefilling.passes import Pass, stages_of
@@ -198,7 +198,7 @@ def calibrate(
     _check_numbers(tolerance, finalists, max_new_tokens)
     _check_candidates(settings, candidates, samples, c.num_layers)
     slots = round_up(max(len(sample.answer) for sample in samples) or 1, ANSWER_TILE)
-    run = _Run(model, platform or platform_of(model), max_new_tokens, tokenizer, slots)
+    run = _Run(model, platform or model.platform, max_new_tokens, tokenizer, slots)
     _check_prompts(run, samples)
 
     finalists = min(finalists, len(settings))

@@ -20,7 +20,7 @@ from fastkv_jax.decoding.sampling import Greedy, Sampler
 from fastkv_jax.decoding.step import decode
 from fastkv_jax.errors import CheckpointError, InputError
 from fastkv_jax.model.llama import Llama
-from fastkv_jax.model.platforms import KERNELS, Kernels, platform_of
+from fastkv_jax.model.platforms import KERNELS, Kernels
 from fastkv_jax.prefilling.doors import Prefill, PrefillOptions, prefill
 
 CHUNK = 8  # decode steps per call of the compiled loop: what a stream shows at once
@@ -138,7 +138,7 @@ def compile_decode(
 
 
 def _options(model: Llama, sampler: Sampler, stops: tuple[int, ...], kernels: Kernels | None) -> dict[str, Any]:
-    kernels = kernels or KERNELS[platform_of(model)]
+    kernels = kernels or KERNELS[model.platform]
     pad = model.config.pad_token or 0
     return {"sampler": sampler, "stop_tokens": stops, "pad_token": pad, "kernels": kernels}
 

@@ -16,7 +16,7 @@ from fastkv_jax.errors import InputError
 from fastkv_jax.model import rope
 from fastkv_jax.model.llama import Llama
 from fastkv_jax.model.ops import Ops
-from fastkv_jax.model.platforms import KERNELS, Kernels, platform_of
+from fastkv_jax.model.platforms import KERNELS, Kernels
 
 
 def decode_step(
@@ -29,7 +29,7 @@ def decode_step(
     if not isinstance(cache.used, Tracer) and int(cache.used) >= cache.max_new_tokens:
         slots = max(segment.k.shape[3] for segment in cache.segments) + cache.max_new_tokens
         raise InputError(f"cache is full ({slots}/{slots}): it has room for max_new_tokens={cache.max_new_tokens}")
-    kernels = kernels or KERNELS[platform_of(model)]
+    kernels = kernels or KERNELS[model.platform]
     return _decode_jit(model, jnp.asarray(token, jnp.int32), cache, kernels=kernels)
 
 

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 import kernels_pallas
 from fastkv_jax.model import rope
 from fastkv_jax.model.config import LlamaConfig
+from fastkv_jax.model.platforms import Platform
 
 _ROWS = 2048  # of the MLP at once: eight times what an accelerator's matrix units need to outrun its memory
 
@@ -154,6 +156,13 @@ class Llama(nnx.Module):
     def dtype(self) -> jnp.dtype:
         """Of weights and activations."""
         return jax.tree.leaves(self)[0].dtype
+
+    @property
+    def platform(self) -> Platform:
+        """Where the weights live; where jax would put them if they are traced."""
+        weights = self.norm[...]
+        name = jax.default_backend() if isinstance(weights, Tracer) else next(iter(weights.devices())).platform
+        return "gpu" if name in ("gpu", "cuda", "rocm") else "tpu" if name == "tpu" else "cpu"
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """Token embeddings."""

@@ -10,7 +10,7 @@ from fastkv_jax.cache.kv_cache import KVCache
 from fastkv_jax.errors import FastKVConfigError, InputError
 from fastkv_jax.methods.base import Method
 from fastkv_jax.model.llama import Llama
-from fastkv_jax.model.platforms import KERNELS, Kernels, Platform, platform_of
+from fastkv_jax.model.platforms import KERNELS, Kernels, Platform
 from fastkv_jax.model.sharding import check_shares
 from fastkv_jax.prefilling.adaptive import Adaptive, HostDecided
 from fastkv_jax.prefilling.chunked import Chunks
@@ -122,7 +122,7 @@ def prepare(
     tokens [B, T] int32, start [B]; the options are `PrefillOptions`. Raises `InputError` and `FastKVConfigError`.
     """
     prompt = _checked(model, tokens, start, window_end, method, max_new_tokens, cache)
-    platform = platform or platform_of(model)
+    platform = platform or model.platform
     if kv_dtype not in (None, *KV_DTYPES):
         raise FastKVConfigError(f"kv_dtype must be None or one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
     tail = static_tail(prompt.window_end)

@@ -367,7 +367,7 @@ def test_a_saved_preset_is_one(tmp_path, monkeypatch):
     for preset in (by_path, presets.load("mine"), presets.for_model("mine")):
         assert (preset.name, preset.window_end) == ("mine", "question")
         assert presets.build("fastkv", preset, {}, 4) == chosen
-    shipped = Path(__file__).parents[1] / "configs" / "models" / "smollm2-135m.yaml"
+    shipped = Path(__file__).parents[2] / "configs" / "models" / "smollm2-135m.yaml"
     assert settings == list(yaml.safe_load(shipped.read_text())["preset"])
 
 

@@ -9,7 +9,7 @@ from fastkv_jax.checkpoint import known_models
 from fastkv_jax.errors import FastKVConfigError
 from fastkv_jax.methods import METHODS, FastKV, FullKV, GemFilter, KeyDiff, StreamingLLM, presets
 
-FILES = sorted((Path(__file__).parents[1] / "configs").glob("m*/*.yaml"))  # models and methods, not suites
+FILES = sorted((Path(__file__).parents[2] / "configs").glob("m*/*.yaml"))  # models and methods, not suites
 PAPER_LAYERS = {"llama-3.1-8b-instruct": (32, 15), "ministral-8b-instruct": (36, 17),
                 "mistral-nemo-12b-instruct": (40, 19)}  # fmt: skip
 

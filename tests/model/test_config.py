@@ -8,7 +8,7 @@ import pytest
 from fastkv_jax.errors import CheckpointError
 from fastkv_jax.model.config import ARCHITECTURES, Llama3Scaling, RopeConfig, from_hugging_face
 
-GOLDEN = Path(__file__).parent / "golden" / "transformers"
+GOLDEN = Path(__file__).parents[1] / "golden" / "transformers"
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 PLAIN = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128,

@@ -15,7 +15,7 @@ from fastkv_jax.cli.flags import common, compile_cache
 from fastkv_jax.cli.flags.compile_cache import Programs
 from fastkv_jax.errors import BackendError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 COMMAND = """
 import argparse, sys
 from fastkv_jax.cli.flags import common

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from etils import epath
-from fake_evaluation import evaluate
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fake_evaluation import evaluate
 from fastkv_jax.errors import InputError
 from fastkv_jax.evals.records.records import as_line, hash_of, load, merged, parts
 

@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fake_evaluation
 import pytest
 from etils.epath import backend
-from fake_evaluation import CONFIG, FakeEngine, evaluate, samples, without_timings
 from fsspec.implementations.memory import MemoryFileSystem
 
+import fake_evaluation
 import moments
+from fake_evaluation import CONFIG, FakeEngine, evaluate, samples, without_timings
 from fastkv_jax.errors import FastKVConfigError, InputError
 from fastkv_jax.evals.records import folder, parts
 from fastkv_jax.evals.records.folder import check_output, opened

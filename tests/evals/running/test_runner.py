@@ -12,13 +12,13 @@ from array import array
 from pathlib import Path
 from typing import Any
 
-import fake_evaluation
 import pytest
 from etils import epath
-from fake_evaluation import CONFIG, FakeEngine, evaluate, samples, without_timings
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fake_evaluation
+from fake_evaluation import CONFIG, FakeEngine, evaluate, samples, without_timings
 from fastkv_jax import files
 from fastkv_jax.buckets import bucket_for
 from fastkv_jax.errors import FastKVConfigError, InputError, Terminated

@@ -17,7 +17,7 @@ if (
     __name__ == "__main__"
 ):  # without fastkv_jax/__init__.py, which imports JAX: the runner needs none and starts at once
     package = types.ModuleType("fastkv_jax")
-    package.__path__ = [str(Path(__file__).parents[2] / "fastkv_jax")]
+    package.__path__ = [str(Path(__file__).parents[1] / "fastkv_jax")]
     sys.modules["fastkv_jax"] = package
 
 from fastkv_jax.evals.records.folder import opened
