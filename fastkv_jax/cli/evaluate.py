@@ -11,31 +11,20 @@ with a line for each sample, and results.jsonl at the end; table.md, .csv and .j
 
 import argparse
 import dataclasses
-import re
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import yaml
+from typing import Any
 
 from fastkv_jax.cli.flags import common, joining, meshes, settings
+from fastkv_jax.cli.flags import grid as grids
 from fastkv_jax.errors import FastKVConfigError, InputError
-from fastkv_jax.methods import Method, presets
+from fastkv_jax.methods import presets
 
-RUN_KEYS = {"name": str, "method": str, "preset": str, "settings": dict}
 PICTURES = ("needles.png", "frontier.png")
 TABLES = (("table.md", "as_markdown"), ("table.csv", "as_csv"), ("table.json", "as_json"))
-
-
-class Run(NamedTuple):
-    """One method with its settings."""
-
-    name: str
-    method: Method
-    window_at_question: bool
 
 
 def parser() -> common.Parser:
@@ -86,8 +75,8 @@ def _run(options: argparse.Namespace) -> int:
         if getattr(options, name) < 1:
             raise FastKVConfigError(f"{name} must be >= 1, got {getattr(options, name)}")
     axes = meshes.parse(options.mesh)
-    grid = _grid(options)
-    suites = [_suite_settings(entry) for entry in grid["suites"]] if grid else [
+    grid = grids.read(options)
+    suites = [grids.suite_settings(entry) for entry in grid["suites"]] if grid else [
         SuiteSettings(options.suite, tuple(options.tasks), tuple(options.lengths), options.samples, options.depths,
                       options.data, options.texts, options.protocol, options.seed)
     ]  # fmt: skip
@@ -119,74 +108,6 @@ def _check_output(output: str) -> None:
             raise InputError(f"{output} holds {inside.name}, which no run has left there; give a new folder")
 
 
-def _grid(options: argparse.Namespace) -> dict[str, Any] | None:
-    """The content of a grid's file; None for a suite by name."""
-    from fastkv_jax.evals.suites import grids
-    from fastkv_jax.evals.suites.catalogue import USES
-
-    if options.suite in USES:
-        return None
-    try:
-        if options.suite.endswith(".yaml"):
-            found = yaml.safe_load(Path(options.suite).read_text(encoding="utf-8"))
-        else:
-            found = grids.load(options.suite)
-    except FileNotFoundError as error:
-        raise FastKVConfigError(f"unknown suite {options.suite!r}; there are: {', '.join(USES)}, evidence, or a .yaml "
-                                "file") from error  # fmt: skip
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FastKVConfigError(f"{options.suite} is no YAML: {' '.join(str(error).split())[:200]}") from error
-    lists = [found.get(part) for part in ("suites", "runs")] if isinstance(found, dict) else [None]
-    if not all(isinstance(part, list) and part for part in lists):
-        raise FastKVConfigError(f"{options.suite} needs the lists 'suites' and 'runs'")
-    strange = found.keys() - {"about", "share_prefill", "suites", "runs"}
-    if strange:
-        raise FastKVConfigError(f"{options.suite}: unknown key {sorted(strange)[0]!r}")
-    given = [name for name in ("tasks", "lengths", "samples", "depths", "data", "texts", "protocol")
-             if getattr(options, name) not in (None, [])]  # fmt: skip
-    if found.get("share_prefill") and options.query_agnostic:
-        raise FastKVConfigError(f"{options.suite} shares prefills: not with --query-agnostic")
-    given += ["preset"] * (options.preset is not None) + [name.replace("_", "-") for name in settings.given(options)]
-    if given:
-        raise FastKVConfigError(f"--{given[0]} belongs to one suite and method; {options.suite} has its own settings")
-    return found
-
-
-def _suite_settings(entry: dict[str, Any]) -> Any:
-    from fastkv_jax.evals.suites.catalogue import SuiteSettings
-
-    known = {field.name for field in dataclasses.fields(SuiteSettings)}
-    if not isinstance(entry, dict) or "suite" not in entry or entry.keys() - known:
-        raise FastKVConfigError(f"a suite has the settings {', '.join(sorted(known))}, got {entry!r}")
-    return SuiteSettings(**_no_lists(entry))
-
-
-def _runs(options: argparse.Namespace, grid: dict[str, Any] | None, model: str, layers: int) -> list[Run]:
-    if grid is None:
-        preset, method = settings.method(options, model, layers)
-        return [Run(options.method, method, preset.window_end == "question")]
-    runs = []
-    for entry in grid["runs"]:
-        if (
-            not isinstance(entry, dict)
-            or not {"name", "method"} <= entry.keys() <= RUN_KEYS.keys()
-            or not all(isinstance(value, RUN_KEYS[key]) for key, value in entry.items())
-        ):
-            raise FastKVConfigError(f"a run has name, method, preset, which are texts, and settings, got {entry!r}")
-        preset = presets.load(entry["preset"]) if "preset" in entry else presets.for_model(model)
-        method = presets.build(entry["method"], preset, _no_lists(entry.get("settings", {})), layers)
-        runs.append(Run(entry["name"], method, preset.window_end == "question"))
-    folders = [_slug(one.name) for one in runs]
-    for name in folders:
-        if not name or folders.count(name) > 1:
-            raise FastKVConfigError(f"each run needs a name that makes a folder of its own; {name!r} does not")
-    return runs
-
-
-def _no_lists(entry: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
-
-
 def _evaluate(
     options: argparse.Namespace, suites, grid, axes: dict[str, int], platform: str, share: joining.Share | None
 ) -> int:
@@ -203,7 +124,7 @@ def _evaluate(
     limit = options.max_tokens or config.max_position_embeddings
     if not 1 <= limit <= config.max_position_embeddings:
         raise FastKVConfigError(f"max_tokens must be in 1 ... {config.max_position_embeddings:,}, got {limit}")
-    runs = _runs(options, grid, found.name, config.num_layers)
+    runs = grids.runs(options, grid, found.name, config.num_layers)
     tokenizer = text.load_tokenizer(found)
     text.check_vocabulary(tokenizer, config)
     there = _date_there(options, runs)
@@ -228,14 +149,14 @@ def _evaluate(
         query_aware=not options.query_agnostic, protocol=protocol, kv_dtype=options.kv_dtype, rendering=rendering,
         published_ends=checkpoint.declared_end_tokens(found),
     )  # fmt: skip
-    together = _shared(runs, config.num_layers, bool(grid and grid.get("share_prefill")))
+    together = grids.together(runs, config.num_layers, bool(grid and grid.get("share_prefill")))
     _answer(options, together, built, engine, settings_of_all, share, say)
     _report(options, runs, built)
     return common.OK
 
 
 def _answer(
-    options: argparse.Namespace, together: list[list[Run]], built, engine, settings_of_all: dict[str, Any],
+    options: argparse.Namespace, together: list[list[grids.Run]], built, engine, settings_of_all: dict[str, Any],
     share: joining.Share | None, say,
 ) -> None:  # fmt: skip
     """Every run's answers, each in a folder of its own; `engine` lacks the run's method."""
@@ -250,7 +171,7 @@ def _answer(
     suite_of = {task: suite for suite in built for task in suite.metrics}
     process, processes = (share.process, share.processes) if share else (jax.process_index(), jax.process_count())
 
-    def opened(one: Run, shared: bool) -> Any:
+    def opened(one: grids.Run, shared: bool) -> Any:
         settings_of_run = settings_of_all | {
             "method": type(one.method).__name__, "settings": presets.settings(one.method),
             "window_at_question": one.window_at_question, "shared_prefill": shared,
@@ -283,25 +204,11 @@ def _answer(
                     say.line("failed", f"{one.name}: {told}")
 
 
-def _shared(runs: Sequence[Run], num_layers: int, share: bool) -> list[list[Run]]:
-    """The runs, those together that one prefill can serve."""
-    from fastkv_jax.prefilling.many_methods import in_one_pass
-
-    alone: list[list[Run]] = []
-    shared: dict[bool, list[Run]] = {}  # by where the window ends
-    for one in runs:
-        if share and in_one_pass(one.method, num_layers):
-            shared.setdefault(one.window_at_question, []).append(one)
-        else:
-            alone.append([one])
-    return [*shared.values(), *alone]
+def _folder(options: argparse.Namespace, one: grids.Run) -> str:
+    return f"{options.output.rstrip('/')}/{grids.slug(one.name)}"
 
 
-def _folder(options: argparse.Namespace, one: Run) -> str:
-    return f"{options.output.rstrip('/')}/{_slug(one.name)}"
-
-
-def _date_there(options: argparse.Namespace, runs: list[Run]) -> str | None:
+def _date_there(options: argparse.Namespace, runs: list[grids.Run]) -> str | None:
     """The date that templates were told by the run that is resumed, if one is."""
     from fastkv_jax.evals.records import folder, records
 
@@ -322,11 +229,7 @@ def _protocol(suites) -> Any:
     return PROTOCOLS[names.pop()] if names else None
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-").lower()
-
-
-def _report(options: argparse.Namespace, runs: list[Run], built) -> None:
+def _report(options: argparse.Namespace, runs: list[grids.Run], built) -> None:
     """The table, on stdout and beside the runs; needles and, if all runs were timed alone, the frontier as pictures.
 
     Of several processes the last one to end does it: it finds all results.
@@ -338,14 +241,14 @@ def _report(options: argparse.Namespace, runs: list[Run], built) -> None:
     from fastkv_jax.evals.reports import frontier, heat_map, tables
 
     out = epath.Path(options.output)
-    waiting = [one.name for one in runs if not (out / _slug(one.name) / RESULTS).exists()]
+    waiting = [one.name for one in runs if not (out / grids.slug(one.name) / RESULTS).exists()]
     if waiting:
         if not options.quiet:
             print(f"{', '.join(waiting)}: other processes' samples are not all answered yet", file=sys.stderr)
         return
     done, needles = [], {}
     for one in runs:
-        records = merged(out / _slug(one.name))
+        records = merged(out / grids.slug(one.name))
         done.append(tables.Run(one.name, records))
         cells = [record for record in records if record["task"] == "needle"]
         if cells:

@@ -18,7 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import fastkv_jax as fk
 from examples import BUCKET, EXAMPLES, LENGTHS, PROMPTS, layers, model_a, ragged
 from fastkv_jax.cache.segment import SegmentKV
-from fastkv_jax.explanation.explanation import HEADER, LEFT, MAP, STRIP, WIDTH, Explanation, resample
+from fastkv_jax.explanation.explanation import Explanation
+from fastkv_jax.explanation.png import HEADER, LEFT, MAP, STRIP, WIDTH, resample
 
 FASTKV, FULL = EXAMPLES["fastkv"][0], EXAMPLES["full"][0]
 TOKENS, START = fk.pad_batch(PROMPTS, BUCKET)

@@ -46,6 +46,14 @@ class Saved:
             raise CheckpointError(f"{path} was not written by --save-cache of this version; write it again")
         return cls(Path(path), note["rest"], note["tail"], note["tokens"], note["method"], note["trims"])
 
+    def check_chat(self, *, chat: bool, raw: bool) -> None:
+        """Raise `InputError` if a flag asks for another way than the document was read in."""
+        if raw if self.tail else chat:
+            how = "with" if self.tail else "without"
+            raise InputError(
+                f"{self.path} was read {how} a chat template, and its questions are too; leave the flag out"
+            )
+
     def load(self, model: Llama, tokenizer: Any) -> KVCache:
         """The cache, or `CheckpointError` if it belongs to another model or tokenizer."""
         return load_cache(self.path, model, tokenizer)
