@@ -144,7 +144,8 @@ def _calibrate(options: argparse.Namespace, rows: list[dict[str, Any]], platform
     from tqdm import tqdm
 
     from fastkv_jax import checkpoint, text
-    from fastkv_jax.calibration.measuring import calibrate, make_samples
+    from fastkv_jax.calibration.measuring import calibrate
+    from fastkv_jax.calibration.samples import make_samples
     from fastkv_jax.cli.asking.report import Reporter
     from fastkv_jax.methods import FastKV
 

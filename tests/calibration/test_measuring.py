@@ -1,6 +1,7 @@
 """Calibration: what it measures is what `prefill` and `generate` do, and its rules choose as they say."""
 
 import dataclasses
+import re
 import shutil
 import sys
 from functools import cache
@@ -13,9 +14,10 @@ from PIL import Image
 
 import fastkv_jax as fk
 from examples import layers, model_a
-from fastkv_jax.calibration import measuring as module
-from fastkv_jax.calibration.measuring import Sample, longest_run, make_samples
-from fastkv_jax.calibration.result import Calibration, Setting, best_answering, earliest_close
+from fastkv_jax.calibration import search, survey
+from fastkv_jax.calibration.result import Calibration
+from fastkv_jax.calibration.rules import Setting, best_answering, earliest_close, most_promising
+from fastkv_jax.calibration.samples import Sample, digest, longest_run, make_samples
 from fastkv_jax.chat_template import Rendering
 from fastkv_jax.costs import layer_flops
 from fastkv_jax.decoding import loop
@@ -162,14 +164,21 @@ def test_with_all_tokens_the_distance_is_zero_at_every_layer():
     assert (all_tokens.propagated == 1).all() and all_tokens.kept_mean.mean() < 1
 
 
+def test_options_are_described_as_they_are_taken():
+    described = search.CalibrationOptions
+    assert [field.name for field in dataclasses.fields(search.Search)] == list(described.__annotations__)
+    for name in described.__annotations__:
+        assert re.search(rf"^ +(\w+, )*{name}[ ,]", described.__doc__, re.MULTILINE), name
+
+
 def test_the_candidates_are_the_middle_half_unless_given():
-    assert [module._middle(n) for n in (30, 4, 2)] == [tuple(range(7, 23)), (1, 2), (0,)]
+    assert [search._middle(n) for n in (30, 4, 2)] == [tuple(range(7, 23)), (1, 2), (0,)]
     assert one_setting(samples()[2:], None).layers == (1, 2)
 
 
 def test_candidate_layers_compile_nothing_of_their_own():
     def programs():
-        every = run_layers, propagate, leave, module._look, loop._decode_chunk
+        every = run_layers, propagate, leave, survey._look, loop._decode_chunk
         return [program._cache_size() for program in every]
 
     one_setting(samples()[2:], (1,))
@@ -241,7 +250,7 @@ def test_right_answers_that_were_cut_count_as_luck():
 def test_the_most_promising_settings_pass_tsp_and_are_held_by_a_later_head():
     passes = np.array([[0.0, 0.5, 0.5, 0.9], [0.0, 0.9, 0.9, 0.9], [0.0, 0.903, 0.903, 0.9], [0.0, 1.0, 1.0, 0.9]])
     held = np.array([[1.0] * 4, [1.0] * 4, [1.0] * 4, [1.0, 1.0, 0.2, 0.2]])
-    assert module._most_promising(passes, held, (1, 2)) == [1, 2, 0, 3]  # 0.903 is no better than 0.9, and comes later
+    assert most_promising(passes, held, (1, 2)) == [1, 2, 0, 3]  # 0.903 is no better than 0.9, and comes later
 
 
 def test_without_right_answers_the_distance_decides():
@@ -344,7 +353,7 @@ ONE = {"layers": (1,), "window_sizes": (4,), "kernel_sizes": (3,)}
     ],
 )  # fmt: skip
 def test_mistakes_are_named_before_anything_runs(options, message, monkeypatch):
-    monkeypatch.setattr(module, "_survey", lambda *_: pytest.fail("something ran"))
+    monkeypatch.setattr("fastkv_jax.calibration.measuring.survey", lambda *_: pytest.fail("something ran"))
     given = {**ONE, **options}
     with pytest.raises((fk.FastKVConfigError, fk.InputError)) as error:
         calibrate(model_a(), given.pop("samples", (Sample((1, 2, 3), 0, (2,)),)), **given)
@@ -392,8 +401,8 @@ def test_samples_are_rendered_as_the_template_is_told():
 def test_the_digest_tells_samples_apart():
     one = samples()[0]
     others = [dataclasses.replace(one, window_end=1), dataclasses.replace(one, answer=(1,)), samples()[1]]
-    assert len({module._digest([sample]) for sample in [one, *others]}) == 4
-    assert module._digest(samples()) == found().digest
+    assert len({digest([sample]) for sample in [one, *others]}) == 4
+    assert digest(samples()) == found().digest
 
 
 @pytest.mark.parametrize(
