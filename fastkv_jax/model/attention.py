@@ -61,14 +61,8 @@ def _blocked(q, k, v, start, offset: int | Int[Array, ""] = 0):
     start are never visited, so padding to a bucket costs nothing here. The queries may be a part of the rows, the
     first of them in row `offset`.
     """
-    tokens, dim = k.shape[2], k.shape[3]
-    key_block = min(_KEY_BLOCK, tokens)
-    pad = -tokens % key_block  # more left padding changes nothing
-    if q.shape[2] == tokens:
-        query_block, query_pad = (_QUERY_BLOCK if tokens > _KEY_BLOCK else tokens), pad
-    else:
-        query_block = min(_QUERY_BLOCK, q.shape[2])
-        query_pad = -q.shape[2] % query_block
+    dim, query_block, key_block = k.shape[3], *_block_sizes(q.shape[2], k.shape[2])
+    query_pad, pad = -q.shape[2] % query_block, -k.shape[2] % key_block  # more left padding changes nothing
     q = jnp.pad(q, ((0, 0), (0, 0), (query_pad, 0), (0, 0)))
     k, v = (jnp.pad(x, ((0, 0), (0, 0), (pad, 0), (0, 0))) for x in (k, v))
     start, offset = start + pad, offset + pad - query_pad
@@ -115,6 +109,13 @@ def _blocked(q, k, v, start, offset: int | Int[Array, ""] = 0):
     out = lax.map(query_rows, jnp.arange(length // query_block))  # [blocks, B, K, G, query, D]
     out = jnp.moveaxis(out, 0, 3).reshape(batch, -1, length, dim)
     return out[:, :, query_pad:]
+
+
+def _block_sizes(queries: int, keys: int) -> tuple[int, int]:
+    """Of queries and of keys; a short prompt is one block."""
+    if queries == keys <= _KEY_BLOCK:
+        return queries, keys
+    return min(_QUERY_BLOCK, queries), min(_KEY_BLOCK, keys)
 
 
 def attention_after(

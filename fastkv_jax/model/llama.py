@@ -22,8 +22,6 @@ from fastkv_jax.model import rope
 from fastkv_jax.model.config import LlamaConfig
 from fastkv_jax.model.platforms import Platform
 
-_ROWS = 2048  # of the MLP at once: eight times what an accelerator's matrix units need to outrun its memory
-
 
 def rms_norm(x: Float[Array, "*S E"], weight: Float[Array, " E"], eps: float) -> Float[Array, "*S E"]:
     """Root-mean-square norm, computed in float32. Source: arXiv 1910.07467, eq. 4."""
@@ -40,19 +38,20 @@ class Stacked:
     index: Int[Array, ""]
     kernels: Literal["gpu"]
 
-    def __getitem__(self, _: Any) -> "Stacked":  # as an array in a parameter is read
-        return self
 
+def linear(x: Float[Array, "*S I"], weight: nnx.Param, bias: nnx.Param | None = None) -> Float[Array, "*S O"]:
+    """x @ weight.T + bias; the weight is [O, I], or a `Stacked` one that the layer was picked with.
 
-def linear(x: Float[Array, "*S I"], weight: Float[Array, "O I"] | Stacked, bias: Float[Array, " O"] | None = None):
-    """x @ weight.T + bias. Weights keep the checkpoint's layout [out, in]: a decode step streams whole rows."""
-    if isinstance(weight, Stacked):
+    Weights keep the checkpoint's layout: a decode step streams whole rows.
+    """
+    matrix = weight.get_value()
+    if isinstance(matrix, Stacked):
         rows = x.reshape(-1, x.shape[-1])
-        y = kernels_pallas.linear(rows, weight.values, weight.index, implementation=weight.kernels)
+        y = kernels_pallas.linear(rows, matrix.values, matrix.index, implementation=matrix.kernels)
         y = y.reshape(*x.shape[:-1], -1)
     else:
-        y = jnp.einsum("...i,oi->...o", x, weight)
-    return y if bias is None else y + bias
+        y = jnp.einsum("...i,oi->...o", x, matrix)
+    return y if bias is None else y + bias[...]
 
 
 class Block(nnx.Module):
@@ -88,7 +87,7 @@ class Block(nnx.Module):
         c = self.config
         x = rms_norm(x, self.attention_norm[...], c.rms_norm_eps)
         q, k, v = (
-            rearrange(linear(x, w[...], None if b is None else b[...]), "b t (n d) -> b n t d", d=c.head_dim)
+            rearrange(linear(x, w, b), "b t (n d) -> b n t d", d=c.head_dim)
             for w, b in ((self.wq, self.bq), (self.wk, self.bk), (self.wv, self.bv))
         )
         if self.q_norm is not None and self.k_norm is not None:
@@ -96,42 +95,12 @@ class Block(nnx.Module):
             k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
         return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v
 
-    def output(
-        self, x: Float[Array, "B T E"], attended: Float[Array, "B H T D"], parts: int = 1
-    ) -> Float[Array, "B T E"]:
-        """The residual stream after attention's projection and the MLP of one layer, a block of rows at a time.
-
-        Rows do not see each other here: blocks keep the MLP's wide activations small, and x is updated in place. T may
-        be spread over devices in `parts` equal pieces, each with blocks of its own.
-        """
-        if parts > 1:
-            mine = (
-                rearrange(x, "b (p t) e -> b p t e", p=parts),
-                rearrange(attended, "b h (p t) d -> b h p t d", p=parts),
-            )
-            return jax.vmap(self.output, in_axes=(1, 2), out_axes=1)(*mine).reshape(x.shape)
-        bias = None if self.bo is None else self.bo[...]
-
-        def of_rows(x, attended):
-            x = x + linear(rearrange(attended, "b h t d -> b t (h d)"), self.wo[...], bias)
-            y = rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps)
-            gated = jax.nn.silu(linear(y, self.w_gate[...])) * linear(y, self.w_up[...])
-            return x + linear(gated, self.w_down[...])
-
-        tokens = x.shape[1]
-        blocks = -(-tokens // _ROWS)
-        if blocks <= 1:
-            return of_rows(x, attended)
-        rows = -(-tokens // (blocks * 128)) * 128
-
-        def one_block(i, x):
-            first = jnp.minimum(i * rows, tokens - rows)  # the last block begins in the one before it
-            old = lax.dynamic_slice_in_dim(x, first, rows, axis=1)
-            new = of_rows(old, lax.dynamic_slice_in_dim(attended, first, rows, axis=2))
-            is_new = first + jnp.arange(rows) >= i * rows
-            return lax.dynamic_update_slice_in_dim(x, jnp.where(is_new[:, None], new, old), first, axis=1)
-
-        return lax.fori_loop(0, blocks, one_block, x)
+    def output(self, x: Float[Array, "B T E"], attended: Float[Array, "B H T D"]) -> Float[Array, "B T E"]:
+        """The residual stream after attention's projection and the MLP of one layer. Rows do not see each other."""
+        x = x + linear(rearrange(attended, "b h t d -> b t (h d)"), self.wo, self.bo)
+        y = rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps)
+        gated = jax.nn.silu(linear(y, self.w_gate)) * linear(y, self.w_up)
+        return x + linear(gated, self.w_down)
 
 
 class Llama(nnx.Module):

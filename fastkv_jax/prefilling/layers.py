@@ -17,6 +17,7 @@ from fastkv_jax.cache.select import Chosen, choose
 from fastkv_jax.methods.base import Layer, Method, Scores
 from fastkv_jax.model import rope
 from fastkv_jax.model.attention import attention, attention_after
+from fastkv_jax.model.blockwise import by_blocks
 from fastkv_jax.model.llama import Llama
 from fastkv_jax.model.ops import Ops
 from fastkv_jax.model.platforms import Kernels, Platform
@@ -185,19 +186,12 @@ def run_layers(
     c, ops = model.config, Ops(static.kernels, model.mesh)
     columns = jnp.arange(rows.positions.shape[1])
     turn = turns(model, columns - rows.start[:, None] if renumbered else rows.positions)
+    windows = tuple(mine.window for mine in own)
 
     def read(x, token_scores, index, kept):
-        """What a layer makes of the rows before they attend, and which entries it keeps."""
         layer = observe(model, index, x, rows, turn, ops)
-        with jax.named_scope("compress"):
-            found, known = [], {}  # XLA does not merge equal scores that hold loops
-            for reader, count, mine in zip(readers, kept, own, strict=True):
-                seen, key = layer._replace(kept=count, window=mine.window), reader.scored_as or reader
-                if key not in known:
-                    known[key] = reader.method.scores(seen)
-                found.append(_read(seen, known[key], reader, static))
-        token_scores = jnp.concatenate([token_scores[1:], found[0][0][None]])
-        return (layer.q, layer.k, layer.v), token_scores, tuple(entries for _, entries in found)
+        newest, entries = _kept_by_each(layer, readers, kept, windows, static)
+        return (layer.q, layer.k, layer.v), jnp.concatenate([token_scores[1:], newest[None]]), entries
 
     def layer(carry, inputs):
         x, token_scores, stored = carry
@@ -213,7 +207,7 @@ def run_layers(
             else:
                 old = past.dequantized(k.dtype)
                 attended = attention_after((old.k, old.v, old.positions >= 0, old.heads), q, k, v, rows.start)
-            x = model.layer(index).output(x, attended, parts_of(x.shape[1], model.mesh))
+            x = by_blocks(model.layer(index).output, x, attended, parts_of(x.shape[1], model.mesh))
         if past is not None and entries is not None and static.extends:
             entries = tuple(None if one is None else past.extended(one, c.num_kv_heads) for one in entries)
         return (x, token_scores, stored), entries
@@ -226,6 +220,24 @@ def run_layers(
     (x, token_scores, stored), entries = lax.scan(layer, (x, token_scores, stored), inputs)
     kept_by_all: Any = entries if stored is None else stored
     return Progress(x, rows, token_scores), kept_by_all
+
+
+def _kept_by_each(
+    layer: Layer,
+    readers: tuple[Reader, ...],
+    kept: tuple[Int[Array, " B"], ...],
+    windows: tuple[Int[Array, " B"], ...],
+    static: Static,
+) -> tuple[Float[Array, "B S"], tuple[SegmentKV | None, ...]]:
+    """The first reader's token scores, and which entries of the layer each reader keeps."""
+    with jax.named_scope("compress"):
+        found, known = [], {}  # XLA does not merge equal scores that hold loops
+        for reader, count, window in zip(readers, kept, windows, strict=True):
+            seen, key = layer._replace(kept=count, window=window), reader.scored_as or reader
+            if key not in known:
+                known[key] = reader.method.scores(seen)
+            found.append(_read(seen, known[key], reader, static))
+    return found[0][0], tuple(entries for _, entries in found)
 
 
 def _read(layer: Layer, scores: Scores, reader: Reader, static: Static) -> tuple[Float[Array, "B S"], SegmentKV | None]:
