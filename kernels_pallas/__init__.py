@@ -12,9 +12,9 @@ Letters: B batch, H query heads, K KV heads, G = H/K, N cache heads, W window, T
 D head dim.
 """
 
-from kernels_pallas.decode_attention import decode_attention, quantize
+from kernels_pallas.decode_attention import Slots, decode_attention, quantize
 from kernels_pallas.linear import linear
 from kernels_pallas.select import among_best, select
 from kernels_pallas.window_scores import pool, window_scores
 
-__all__ = ["among_best", "decode_attention", "linear", "pool", "quantize", "select", "window_scores"]
+__all__ = ["Slots", "among_best", "decode_attention", "linear", "pool", "quantize", "select", "window_scores"]

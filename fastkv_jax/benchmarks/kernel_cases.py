@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import kernels_pallas
 from fastkv_jax.benchmarks.device_rates import Case, yardsticks
 from fastkv_jax.model.attention import attention
+from kernels_pallas import Slots
 
 HEADS, KV_HEADS, DIM, WINDOW = 32, 8, 128, 8
 
@@ -51,11 +52,9 @@ def cases(platform: Any, kernels: Any, tokens: list[int], slots: list[int], rows
             positions = jnp.broadcast_to(jnp.arange(c), (rows, KV_HEADS, c))
 
             def decode(q, k, v, positions, new, *scales):
-                names = dict(zip(("k_scale", "v_scale"), scales, strict=False))
                 filled = jnp.full(q.shape[0], 64, jnp.int32)
-                return kernels_pallas.decode_attention(
-                    q, k, v, positions, new, new, filled, implementation=kernels, **names
-                )
+                prompt = Slots(k, v, positions, None, *scales)
+                return kernels_pallas.decode_attention(q, prompt, Slots(new, new), filled, implementation=kernels)
 
             args = (q, k, v, positions, new, *scales)
             moved = sum(a.nbytes for a in (k, v, positions, *scales)) + new.nbytes

@@ -1,7 +1,7 @@
 """What a prompt leaves in a run of layers: its entries, by head or flat, in the model's numbers or in 8 bits."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from fastkv_jax.cache.select import choose
 from fastkv_jax.errors import InputError
-from kernels_pallas import quantize
+from kernels_pallas import Slots, quantize
 
 
 @struct.dataclass
@@ -39,6 +39,15 @@ class SegmentKV:
     def heads(self) -> Int[Array, "*L B 1 C"] | None:
         """The KV head of each slot of a flat cache, else None."""
         return self.positions % self.sharing if self.sharing else None
+
+    def slots(self) -> Slots:
+        """What decode attention reads."""
+        return Slots(self.k, self.v, self.positions, self.heads, self.k_scale, self.v_scale)
+
+    def each(self, change: Callable[..., Array], *others: "SegmentKV") -> "SegmentKV":
+        """change(array, what it holds in an empty slot, *the others' arrays) for every array that there is."""
+        scales = [None if a is None else 0 for a in (self.k_scale, self.v_scale)]
+        return jax.tree.map(change, self, SegmentKV(0, 0, -1, *scales, self.sharing), *others)  # pyright: ignore
 
     def flat(self, kv_heads: int) -> "SegmentKV":
         """The same entries in a flat cache; the heads must be the K KV heads."""
@@ -89,15 +98,15 @@ class SegmentKV:
     def widened(self, slots: int) -> "SegmentKV":
         """Empty slots added in front, up to `slots`; arrays [L, B, N, C, ...]."""
 
+        if slots == self.k.shape[3]:
+            return self
+
         def pad(a: Array, fill: int) -> Array:
             widths = [(0, 0)] * a.ndim
             widths[3] = (slots - a.shape[3], 0)
             return jnp.pad(a, widths, constant_values=fill)
 
-        empty = {"positions": -1}
-        values = {f: getattr(self, f) for f in ("k", "v", "positions", "k_scale", "v_scale")}
-        padded = {f: pad(a, empty.get(f, 0)) for f, a in values.items() if a is not None}
-        return self if slots == self.k.shape[3] else dataclasses.replace(self, **padded)
+        return self.each(pad)
 
     def by_head(self) -> "SegmentKV":
         """A flat cache as one with a row for each KV head, which costs K times the memory: for people and tests."""

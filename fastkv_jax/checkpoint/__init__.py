@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from fastkv_jax.checkpoint import hugging_face, known_models, orbax
 from fastkv_jax.checkpoint.gguf import file as gguf_file
-from fastkv_jax.checkpoint.gguf import weights as gguf
+from fastkv_jax.checkpoint.gguf import weights as gguf_weights
 from fastkv_jax.checkpoint.tokenizers.end_tokens import Claim, Vocabulary, end_tokens, vocabulary_of_folder
 from fastkv_jax.errors import CheckpointError, FastKVConfigError, ModelWarning
 from fastkv_jax.model import sharding
@@ -84,7 +84,7 @@ def inspect(source: str | os.PathLike[str] | Resolved) -> LlamaConfig:
     found = source if isinstance(source, Resolved) else resolve(source)
     match found.kind:
         case "gguf":
-            config = gguf.inspect(Path(found.path))
+            config = gguf_weights.inspect(Path(found.path))
         case "orbax":
             config = orbax.inspect(found.path)
         case _:
@@ -103,7 +103,7 @@ def declared_end_tokens(source: str | os.PathLike[str] | Resolved) -> tuple[int,
 def _declared_ends(found: Resolved) -> list[Claim]:
     match found.kind:
         case "gguf":
-            return gguf.declared_ends(Path(found.path))
+            return gguf_weights.declared_ends(Path(found.path))
         case "orbax":
             return orbax.declared_ends(found.path)
         case _:
@@ -112,7 +112,7 @@ def _declared_ends(found: Resolved) -> list[Claim]:
 
 def _vocabulary(found: Resolved) -> Vocabulary:
     found = found.tokenizer or found
-    return gguf.vocabulary(Path(found.path)) if found.kind == "gguf" else vocabulary_of_folder(found.path)
+    return gguf_weights.vocabulary(Path(found.path)) if found.kind == "gguf" else vocabulary_of_folder(found.path)
 
 
 def _doubt_positions(config: LlamaConfig, found: Resolved) -> None:
@@ -153,7 +153,9 @@ def load_model(
     mesh = None if mesh is None else sharding.automatic(mesh)
     match found.kind:
         case "gguf":
-            return gguf.load(Path(found.path), config, dtype, mesh, check_weights=check_weights, progress=progress)
+            return gguf_weights.load(
+                Path(found.path), config, dtype, mesh, check_weights=check_weights, progress=progress
+            )
         case "orbax":  # Orbax has no progress to show
             return orbax.load(found.path, config, dtype, mesh, check_weights=check_weights)
         case _:

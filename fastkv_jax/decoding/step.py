@@ -17,6 +17,7 @@ from fastkv_jax.model import rope
 from fastkv_jax.model.llama import Llama
 from fastkv_jax.model.ops import Ops
 from fastkv_jax.model.platforms import KERNELS, Kernels
+from kernels_pallas import Slots
 
 
 def decode_step(
@@ -56,9 +57,8 @@ def decode(
             lax.dynamic_update_slice(buffer, a[None], (index, 0, 0, cache.used, 0))
             for buffer, a in ((k_new, k), (v_new, v))
         )
-        frozen = segment.k, segment.v, segment.positions
-        extras = segment.heads, segment.k_scale, segment.v_scale, (index - first, index)
-        out = ops.decode_attention(q[:, :, 0], *frozen, k_new, v_new, cache.filled + 1, *extras)
+        new, place = Slots(k_new, v_new), (index - first, index)
+        out = ops.decode_attention(q[:, :, 0], segment.slots(), new, cache.filled + 1, place)
         return (block.output(x, out[:, :, None]), k_new, v_new), None
 
     ops = Ops(kernels, model.mesh)

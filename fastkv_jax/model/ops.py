@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 import kernels_pallas
 from fastkv_jax.model.platforms import Kernels
 from fastkv_jax.model.sharding import DATA, MODEL, spec
+from kernels_pallas import Slots
 
 HEADS, ROWS, LAYERS = (DATA, MODEL), (DATA,), (None, DATA, MODEL)  # what the first axes of an array are split over
 
@@ -51,28 +53,30 @@ class Ops:
         return self._by_head(run, (scores, count), (HEADS, HEADS), scores.shape[1])
 
     def decode_attention(
-        self, q, k_prompt, v_prompt, positions, k_new, v_new, filled, heads, k_scale, v_scale, layer
+        self,
+        q: Float[Array, "B H D"],
+        prompt: Slots,
+        new: Slots,
+        filled: Int[Array, " B"],
+        layer: tuple[Int[Array, ""], Int[Array, ""]],
     ) -> Float[Array, "B H D"]:
         """See `kernels_pallas.decode_attention`; entries of all layers, and `layer` says which is meant."""
-
-        def run(q, k_prompt, v_prompt, positions, k_new, v_new, filled, heads, k_scale, v_scale, *layer):
-            return kernels_pallas.decode_attention(
-                q, k_prompt, v_prompt, positions, k_new, v_new, filled,
-                heads=heads, k_scale=k_scale, v_scale=v_scale, layer=layer, implementation=self.kernels,
-            )  # fmt: skip
-
-        given = (q, k_prompt, v_prompt, positions, k_new, v_new, filled, heads, k_scale, v_scale, *layer)
-        specs = (HEADS,) + (LAYERS,) * 5 + (ROWS,) + (LAYERS,) * 3 + ((),) * 2
-        return self._by_head(run, given, specs, k_prompt.shape[2])
+        run = partial(kernels_pallas.decode_attention, implementation=self.kernels)
+        of_layers = Slots(*[LAYERS] * len(Slots._fields))
+        axes = (HEADS, of_layers, of_layers, ROWS, ((), ()))
+        return self._by_head(run, (q, prompt, new, filled, layer), axes, prompt.k.shape[2])
 
     def _by_head(self, run: Callable[..., Any], given: tuple[Any, ...], axes: tuple[Any, ...], heads: int) -> Any:
         """`run` on each device's rows and heads. Plain jax.numpy needs no help from us: XLA spreads it as it likes."""
         mesh = self.mesh
         if mesh is None or self.kernels == "reference":
             return run(*given)
-        if heads % mesh.shape.get(MODEL, 1):  # one row of scores, or one flat cache, for all heads: on every device
-            axes = tuple(mine[:-1] if MODEL in mine else mine for mine in axes)
-        specs = tuple(None if a is None else spec(mesh, a.shape, *mine) for a, mine in zip(given, axes, strict=True))
+        every = heads % mesh.shape.get(MODEL, 1) > 0  # one row of scores, or one flat cache, for all heads: everywhere
+
+        def place(a: Array | None, mine: tuple[str | None, ...]) -> Any:
+            return None if a is None else spec(mesh, a.shape, *(mine[:-1] if every and MODEL in mine else mine))
+
+        specs = jax.tree.map(place, given, axes, is_leaf=lambda a: a is None)
         return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*given)
 
 

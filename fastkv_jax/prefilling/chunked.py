@@ -10,7 +10,6 @@ a chunk competes with itself alone, keeps the share that the whole prompt would,
 was kept. One program reads all chunks.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -145,16 +144,14 @@ class Chunks:
         """Empty slots for what all chunks keep, and the question."""
         first = self.chunk(0)
         kept = jax.eval_shape(partial(run_jit, static=self.each), self.model, first.prompt, None).cache.segments
-        found = []
-        for segment, slots in zip(kept, self.slots, strict=True):
-            more = (self.count - 1) * slots
 
-            def empty(a: Any, fill: int, more: int = more) -> Any:
-                return None if a is None else jnp.full((*a.shape[:3], a.shape[3] + more, *a.shape[4:]), fill, a.dtype)
+        def empty(segment: SegmentKV, more: int) -> SegmentKV:
+            def wider(a: Any, fill: int) -> Any:
+                return jnp.full((*a.shape[:3], a.shape[3] + more, *a.shape[4:]), fill, a.dtype)
 
-            arrays = {name: empty(getattr(segment, name), 0) for name in ("k", "v", "k_scale", "v_scale")}
-            found.append(dataclasses.replace(segment, positions=empty(segment.positions, -1), **arrays))
-        return tuple(found)
+            return segment.each(wider)
+
+        return tuple(empty(segment, (self.count - 1) * slots) for segment, slots in zip(kept, self.slots, strict=True))
 
     def past(self, segments: tuple[SegmentKV, ...], before: np.ndarray) -> KVCache:
         """What a chunk sees of those before it."""
@@ -199,18 +196,15 @@ def _store(
     slots: tuple[int, ...],
 ) -> tuple[SegmentKV, ...]:
     """`segments` with the new entries before `stop`, right-aligned in `slots` slots from `at`."""
-    found = []
-    for i, (segment, entries) in enumerate(zip(segments, new, strict=True)):
+
+    def stored(segment: SegmentKV, entries: SegmentKV, slots: int, first: Array) -> SegmentKV:
         place = entries.positions // max(entries.sharing, 1)
         mine = (entries.positions >= 0) & (place < stop[:, None, None])
-        chosen = choose(jnp.where(mine, 0.0, -jnp.inf), mine.sum(axis=-1, dtype=jnp.int32), slots[i])
+        chosen = choose(jnp.where(mine, 0.0, -jnp.inf), mine.sum(axis=-1, dtype=jnp.int32), slots)
 
-        def put(name: str, fill: int, i=i, chosen=chosen, segment=segment, entries=entries) -> Any:
-            old, values = getattr(segment, name), getattr(entries, name)
-            if old is None:
-                return None
-            return lax.dynamic_update_slice_in_dim(old, chosen.take(values, fill), at[i], axis=3)
+        def put(old: Array, fill: int, values: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(old, chosen.take(values, fill), first, axis=3)
 
-        arrays = {name: put(name, 0) for name in ("k", "v", "k_scale", "v_scale")}
-        found.append(dataclasses.replace(segment, positions=put("positions", -1), **arrays))
-    return tuple(found)
+        return segment.each(put, entries)
+
+    return tuple(stored(*one) for one in zip(segments, new, slots, at, strict=True))

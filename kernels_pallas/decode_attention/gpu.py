@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kernels_pallas.arithmetic import product
 from kernels_pallas.decode_attention.parts import Slots, attend_to_both
 from kernels_pallas.gpu_backend import gpu_call, triton
 
@@ -107,7 +108,7 @@ def _kernel(
             loaded = triton().load(ref.at[place, slot[:, None], lane[None]], mask=mask).astype(q.dtype)
             return jnp.where(mask, loaded, jnp.zeros_like(loaded))  # not load(other=0): Triton has no float8 zero
 
-        logits = _product(q, entries(slots.k), 1) * dim**-0.5  # [rows, slots]
+        logits = product(q, entries(slots.k), 1) * dim**-0.5  # [rows, slots]
         if slots.k_scale is not None:
             logits *= numbers(slots.k_scale).astype(jnp.float32)[None]
         there = (slot < used)[None]
@@ -123,7 +124,7 @@ def _kernel(
         total = total * fade + weights.sum(axis=1)
         if slots.v_scale is not None:
             weights *= numbers(slots.v_scale).astype(jnp.float32)[None]
-        return most, total, out * fade[:, None] + _product(weights.astype(q.dtype), entries(slots.v), 0)
+        return most, total, out * fade[:, None] + product(weights.astype(q.dtype), entries(slots.v), 0)
 
     steps = pl.cdiv(pl.cdiv(capacity, tiles.slots), tiles.splits)  # of one split
     upper = jnp.minimum((split + 1) * steps, (used + tiles.slots - 1) // tiles.slots)
@@ -135,10 +136,3 @@ def _kernel(
     triton().store(out_ref.at[head, split, row[:, None], lane[None]], out, mask=mask)
     log_sum_exp = most + jnp.log(total)  # -inf where nothing was seen
     triton().store(log_sum_exp_ref.at[head, split, row], log_sum_exp, mask=real)
-
-
-def _product(a, b, contracted: int):
-    """a [rows, X] with b, over X and b's axis `contracted`, in float32."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    dims = (((1,), (contracted,)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)

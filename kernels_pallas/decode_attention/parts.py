@@ -13,14 +13,17 @@ from jaxtyping import Array, Float
 
 
 class Slots(NamedTuple):
-    """Keys and values of N heads: arrays, or what Pallas has in their place; None for what is not there."""
+    """Keys and values of N heads, of one layer or of L; None for what is not there.
 
-    k: Any  # [L, B, N, C, D]
-    v: Any  # [L, B, N, C, D]
-    positions: Any = None  # [L, B, N, C] int32, -1 in an empty slot
-    heads: Any = None  # [L, B, 1, C] int32, the KV head a slot of a flat cache belongs to
-    k_scale: Any = None  # [L, B, N, C] bfloat16
-    v_scale: Any = None  # [L, B, N, C] bfloat16
+    Arrays, or within a kernel what Pallas has in their place.
+    """
+
+    k: Any  # [*L, B, N, C, D]
+    v: Any  # [*L, B, N, C, D]
+    positions: Any = None  # [*L, B, N, C] int32, -1 in an empty slot; None: all slots hold something
+    heads: Any = None  # [*L, B, 1, C] int32, the KV head a slot of a flat cache belongs to
+    k_scale: Any = None  # [*L, B, N, C] bfloat16
+    v_scale: Any = None  # [*L, B, N, C] bfloat16
 
 
 # attend(q [B, H, D], slots, layer [], used [B], group) -> out [B, H, P, D] float32, log_sum_exp [B, H, P] float32, of P

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.arithmetic import product, round_up
 from kernels_pallas.decode_attention.parts import Slots, attend_to_both
 from kernels_pallas.dispatch import tpu_interpret
 
@@ -33,7 +34,7 @@ def tiles_for(heads: int, slots: int, dim: int, itemsize: int) -> Tiles:
 
     Larger tiles only make the program longer: a step's products are unrolled over heads and registers.
     """
-    fit = (1 << 20) // (heads * _round_up(dim, _LANES) * itemsize)
+    fit = (1 << 20) // (heads * round_up(dim, _LANES) * itemsize)
     return Tiles(max(_LANES, min(fit, 4096, slots + _LANES - 1) // _LANES * _LANES))
 
 
@@ -109,7 +110,7 @@ def _kernel(
 
     @pl.when(step * size < used)
     def _():
-        logits = _product(q_ref[...], slots.k[...].astype(q_ref.dtype), 2) * dim**-0.5  # [N, H/N, slots]
+        logits = product(q_ref[...], slots.k[...].astype(q_ref.dtype), 2, batched=1) * dim**-0.5  # [N, H/N, slots]
         if slots.k_scale is not None:
             logits *= slots.k_scale[...].astype(jnp.float32)[:, None]
         there = step * size + lax.broadcasted_iota(jnp.int32, logits.shape, 2) < used
@@ -132,21 +133,10 @@ def _kernel(
         if capacity % size:  # behind the end of the array stands anything, and 0 * NaN is NaN
             slot = step * size + lax.broadcasted_iota(jnp.int32, values.shape, 1)
             values = jnp.where(slot < capacity, values, jnp.zeros_like(values))
-        out_ref[...] = out_ref[...] * fade + _product(weights.astype(q_ref.dtype), values, 1)
+        out_ref[...] = out_ref[...] * fade + product(weights.astype(q_ref.dtype), values, 1, batched=1)
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _():
         total = total_ref[...]
         out_ref[...] = out_ref[...] / jnp.where(total > 0, total, 1.0)
         log_sum_exp_ref[...] = most_ref[...] + jnp.log(total)  # -inf where nothing was seen
-
-
-def _product(a, b, contracted: int):
-    """a [N, R, X] with b [N, ...], over X and b's axis `contracted`, in float32."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    dims = (((2,), (contracted,)), ((0,), (0,)))
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _round_up(x: int, to: int) -> int:
-    return pl.cdiv(x, to) * to

@@ -2,8 +2,8 @@
 
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.dispatch import Implementation
-from kernels_pallas.linear import gpu, reference
+from kernels_pallas.dispatch import Implementation, kernels
+from kernels_pallas.linear import reference
 
 MOST_ROWS = 64  # with more, a product is worth a library's kernel and the copy before it
 
@@ -19,11 +19,11 @@ def linear(
     """x @ weight[layer].T, summed in float32, in x's dtype.
 
     On a GPU XLA would copy the layer's matrix out of the stack first; the kernel reads it where it is, once for every
-    16 rows. On a TPU and a CPU it is the reference: there XLA does what it can. Raises `ValueError` where the shapes or
-    dtypes do not fit.
+    16 rows. There is no kernel for a TPU, where XLA does as well. Raises `ValueError` where the shapes or dtypes do not
+    fit.
     """
     if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[2] or x.dtype != weight.dtype:
         raise ValueError(f"linear: {x.dtype}{list(x.shape)} times {weight.dtype}{list(weight.shape)}")
-    if implementation == "gpu" and x.shape[0] <= MOST_ROWS:
-        return gpu.linear(x, weight, layer, interpret=interpret)
-    return reference.linear(x, weight, layer)
+    if implementation in ("reference", "tpu") or x.shape[0] > MOST_ROWS:
+        return reference.linear(x, weight, layer)
+    return kernels("linear", implementation).linear(x, weight, layer, interpret=interpret)

@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.arithmetic import round_up
 from kernels_pallas.dispatch import tpu_interpret
 
 _LANES, _SUBLANES = 128, 8
@@ -36,11 +37,11 @@ class Tiles:
 
 def tiles_for(tokens: int) -> Tiles:
     """64 rows are 8 vector registers: enough independent work to hide latencies, and two dozen more fit beside them."""
-    return Tiles(min(64, _round_up(pl.cdiv(tokens, _LANES), _SUBLANES)))
+    return Tiles(min(64, round_up(pl.cdiv(tokens, _LANES), _SUBLANES)))
 
 
 def select(scores, count, capacity, *, interpret=False, tiles: Tiles | None = None):
-    slots = _round_up(capacity, _REGISTER)
+    slots = round_up(capacity, _REGISTER)
     out = _call(_select_kernel, "select", scores, count, slots, interpret, tiles)
     return out[..., slots - capacity :].reshape(*scores.shape[:-1], capacity)
 
@@ -54,7 +55,7 @@ def _call(kernel, name: str, scores, count, slots: int | None, interpret: bool, 
     """[S, slots] int32; as many slots as padded columns if None."""
     tokens, batch = scores.shape[-1], math.prod(scores.shape[:-1])
     tiles = tiles or tiles_for(tokens)
-    columns = _round_up(tokens, tiles.rows * _LANES)
+    columns = round_up(tokens, tiles.rows * _LANES)
     slots = slots or columns
     scores = scores.astype(jnp.float32).reshape(batch, tokens)
     scores = jnp.pad(scores, ((0, 0), (0, columns - tokens)), constant_values=-jnp.inf)  # the last to be chosen
@@ -246,7 +247,3 @@ def _flat(shape, first_row):
 
 def _total(x):
     return x.sum(axis=0, keepdims=True).sum(axis=1, keepdims=True)  # [1, 1]
-
-
-def _round_up(x: int, to: int) -> int:
-    return pl.cdiv(x, to) * to

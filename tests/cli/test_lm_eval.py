@@ -22,6 +22,7 @@ from fastkv_jax.evals.lm_eval_model import FastKVModel
 from fastkv_jax.evals.protocols import UPSTREAM
 from fastkv_jax.evals.records.records import merged
 from fastkv_jax.evals.suites import longbench
+from fastkv_jax.methods import presets
 
 QUESTIONS = [{"question": "one and one?", "answer": "two"}, {"question": "the sea is?", "answer": "salt"}]
 
@@ -135,7 +136,7 @@ def test_a_likelihood_under_compression_is_that_after_the_compressed_context(tin
     [(likelihood, _)] = likelihoods(FastKVModel(str(tiny_model), method="snapkv", **settings), (CONTEXT, " salt"))
     model, tokenizer = fk.load_model(tiny_model, dtype="float32"), fk.load_tokenizer(tiny_model)
     after = tokenizer.encode(" salt")
-    kernel = fk.presets.load("default").settings["kernel_size"]
+    kernel = presets.load("default").settings["kernel_size"]
     method = fk.SnapKV(**settings, kernel_size=kernel)
     read = fk.prefill(model, [tokenizer.encode(CONTEXT)], method=method, max_new_tokens=0)
     assert (np.asarray(read.cache.layer(0).positions) >= 0).sum(-1).tolist() == [[20, 20]]

@@ -18,40 +18,43 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import kernels_pallas
+from kernels_pallas import Slots
 
 CAPACITY = 12_544  # 12.5k, up to the next multiple of 128: other capacities make XLA lay out, and copy, the cache anew
-Shape = tuple[tuple[int, ...], type]
-Program = tuple[str, Callable, list[Shape], dict[str, Shape]]
+Program = tuple[str, Callable, tuple]  # name, function, the shapes of its arguments
+
+
+def array(shape: tuple[int, ...], dtype=jnp.int32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def scores(heads: int, kv_heads: int, window: int, tokens: int, dim: int, dtype=jnp.bfloat16, kernel_size=7) -> Program:
     run = functools.partial(kernels_pallas.window_scores, kernel_size=kernel_size, pooling="max", implementation="tpu")
-    q, k = ((1, heads, window, dim), dtype), ((1, kv_heads, tokens, dim), dtype)
+    q, k = array((1, heads, window, dim), dtype), array((1, kv_heads, tokens, dim), dtype)
     name = f"window_scores H={heads} K={kv_heads} W={window} T={tokens} D={dim} {dtype.__name__}"
-    return name, run, [q, k, ((1,), jnp.int32), ((1,), jnp.int32)], {}
+    return name, run, (q, k, array((1,)), array((1,)))
 
 
 def choice(rows: int, tokens: int, capacity: int) -> Iterator[Program]:
-    arrays: list[Shape] = [((1, rows, tokens), jnp.float32), ((1, rows), jnp.int32)]
+    arrays = array((1, rows, tokens), jnp.float32), array((1, rows))
     run = functools.partial(kernels_pallas.select, capacity=capacity, implementation="tpu")
-    yield f"select K={rows} T={tokens} C={capacity}", run, arrays, {}
+    yield f"select K={rows} T={tokens} C={capacity}", run, arrays
     mark = functools.partial(kernels_pallas.among_best, implementation="tpu")
-    yield f"among_best K={rows} T={tokens}", mark, arrays, {}
+    yield f"among_best K={rows} T={tokens}", mark, arrays
 
 
 def attention(
     heads: int, kv_heads: int, cache_heads: int, capacity: int, dim: int, dtype=jnp.bfloat16, cache=None, flat=False
 ) -> Program:
     cache = cache or dtype
-    slots = (1, cache_heads, capacity)
-    more: dict[str, Shape] = {"heads": (slots, jnp.int32)} if flat else {}
-    if jnp.dtype(cache).itemsize == 1:
-        more |= {"k_scale": (slots, jnp.bfloat16), "v_scale": (slots, jnp.bfloat16)}
-    prompt, new = ((*slots, dim), cache), ((1, kv_heads, 256, dim), dtype)
-    arrays = [((1, heads, dim), dtype), prompt, prompt, (slots, jnp.int32), new, new, ((1,), jnp.int32)]
+    slots = 1, cache_heads, capacity
+    entries, decoded = array((*slots, dim), cache), array((1, kv_heads, 256, dim), dtype)
+    scale = array(slots, jnp.bfloat16) if jnp.dtype(cache).itemsize == 1 else None
+    prompt = Slots(entries, entries, array(slots), array(slots) if flat else None, scale, scale)
+    given = array((1, heads, dim), dtype), prompt, Slots(decoded, decoded), array((1,))
     run = functools.partial(kernels_pallas.decode_attention, implementation="tpu")
     name = f"decode_attention H={heads} K={kv_heads} N={cache_heads} C={capacity} D={dim} {cache.__name__}"
-    return name, run, arrays, more
+    return name, run, given
 
 
 def programs() -> Iterator[Program]:
@@ -76,10 +79,9 @@ def programs() -> Iterator[Program]:
 def main(target: str) -> None:
     devices = topologies.get_topology_desc(topology_name=target, platform="tpu").devices
     sharding = NamedSharding(Mesh(np.array(devices[:1]), ("chip",)), PartitionSpec())
-    as_array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
-    for name, run, arrays, more in programs():
-        keywords = {key: as_array(*shape) for key, shape in more.items()}
-        lowered = jax.jit(run).lower(*(as_array(*shape) for shape in arrays), **keywords)
+    for name, run, given in programs():
+        there = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), given)
+        lowered = jax.jit(run).lower(*there)
         begun = time.perf_counter()
         compiled = lowered.compile()
         seconds = time.perf_counter() - begun

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from interpreted import jit
 
 import kernels_pallas
+from kernels_pallas import Slots
 from kernels_pallas.decode_attention import gpu, reference, tpu
-from kernels_pallas.decode_attention.parts import Slots
 from tolerances import ATTENTION, ATTENTION_BF16, ATTENTION_LARGE
 
 
 def run_with(run: Callable, **choice) -> Callable:
-    """The public signature, for an implementation with a choice of tiles."""
+    """An implementation with a choice of tiles, its arrays one by one as the oracle has them."""
 
     @jit
     def decode_attention(
@@ -188,7 +188,7 @@ def test_heads_of_slots_are_for_flat_caches():
     q, *rest = inputs(0, 4, 2, 2)
     heads = np.zeros((BATCH, 1, CAPACITY), np.int32)
     with pytest.raises(ValueError, match="heads are for a flat cache, N = 1, not 2"):
-        kernels_pallas.decode_attention(q, *rest, np.ones(BATCH, np.int32), heads=heads)
+        kernels_pallas.decode_attention(q, Slots(*rest[:3], heads), Slots(*rest[3:]), np.ones(BATCH, np.int32))
 
 
 @every_implementation
@@ -203,19 +203,20 @@ def test_a_cache_of_8_bits_and_its_scales_come_together():
     for dtype, k_scale, v_scale in ((np.float32, scale, scale), (np.int8, None, None), (np.int8, scale, None)):
         k, v = k.astype(dtype), v.astype(dtype)
         with pytest.raises(ValueError, match="8 bits needs both scales, others none"):
-            kernels_pallas.decode_attention(q, k, v, *rest, filled, k_scale=k_scale, v_scale=v_scale)
+            prompt = Slots(k, v, rest[0], None, k_scale, v_scale)
+            kernels_pallas.decode_attention(q, prompt, Slots(*rest[1:]), filled)
 
 
 def test_layers_and_the_number_of_one_come_together():
     q, k, v, positions, *new = inputs(0, 4, 2, 2)
     filled, layer = np.ones(BATCH, np.int32), (np.int32(0), np.int32(0))
     with pytest.raises(ValueError, match="entries of 4 and 4 axes; 5 with layer, else 4"):
-        kernels_pallas.decode_attention(q, k, v, positions, *new, filled, layer=layer)
+        kernels_pallas.decode_attention(q, Slots(k, v, positions), Slots(*new), filled, layer)
     with pytest.raises(ValueError, match="entries of 5 and 4 axes"):
-        kernels_pallas.decode_attention(q, k[None], v[None], positions[None], *new, filled)
+        kernels_pallas.decode_attention(q, Slots(k[None], v[None], positions[None]), Slots(*new), filled)
 
 
 def test_heads_that_do_not_divide_are_refused():
     q, *rest = inputs(0, 5, 2, 2)
     with pytest.raises(ValueError, match="5 query heads over 2 and 2"):
-        kernels_pallas.decode_attention(q, *rest, np.ones(BATCH, np.int32))
+        kernels_pallas.decode_attention(q, Slots(*rest[:3]), Slots(*rest[3:]), np.ones(BATCH, np.int32))

@@ -10,7 +10,7 @@ from interpreted import jit
 from jax.experimental.pallas import tpu as pltpu
 
 import kernels_pallas
-from kernels_pallas import dispatch
+from kernels_pallas import Slots, dispatch
 
 RANDOM = np.random.default_rng(0)
 ROWS = 3  # an odd number: were the tiles of a row shared out to two cores, the second row's would be split
@@ -37,10 +37,10 @@ def among_best():
 
 
 def decode_attention():
-    arrays = normal(4, 8), normal(2, 13, 8), normal(2, 13, 8)
     positions = RANDOM.integers(-1, 2, (ROWS, 2, 13)).astype(np.int32)
-    new = normal(2, 5, 8), normal(2, 5, 8), np.array([2, 5, 1], np.int32)
-    return lambda **choice: kernels_pallas.decode_attention(*arrays, positions, *new, **choice)
+    prompt, new = Slots(normal(2, 13, 8), normal(2, 13, 8), positions), Slots(normal(2, 5, 8), normal(2, 5, 8))
+    given = normal(4, 8), prompt, new, np.array([2, 5, 1], np.int32)
+    return lambda **choice: kernels_pallas.decode_attention(*given, **choice)
 
 
 OPS = {op.__name__: op for op in (window_scores, select, among_best, decode_attention)}

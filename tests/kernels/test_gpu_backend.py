@@ -14,7 +14,7 @@ import fastkv_jax as fk
 import kernels_pallas
 from examples import model_a
 from fastkv_jax.decoding.step import decode
-from kernels_pallas import gpu_backend
+from kernels_pallas import Slots, gpu_backend
 
 # jax announces at lowering that Triton will go one day; gpu_backend.py is where that will be met.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -24,10 +24,10 @@ H100 = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 HOPPER = AbstractMesh((1,), ("gpu",), (AxisType.Auto,), abstract_device=H100)
 
 
-def triton_calls(run, *arrays, **more) -> int:
+def triton_calls(run, *given) -> int:
     """How many Triton kernels the program for an NVIDIA GPU holds; no GPU and no toolchain needed."""
     with use_abstract_mesh(HOPPER):
-        lowered = jax.jit(run).trace(*arrays, **more).lower(lowering_platforms=("cuda",))
+        lowered = jax.jit(run).trace(*given).lower(lowering_platforms=("cuda",))
     return lowered.as_text().count("custom_call @__gpu$xla.gpu.triton")
 
 
@@ -85,13 +85,12 @@ def test_decode_attention_is_lowered(heads, kv_heads, cache_heads, capacity, dim
         return jax.ShapeDtypeStruct((1, *shape), dtype)
 
     slots = cache_heads, capacity
-    prompt, new = array(*slots, dim, dtype=cache), array(kv_heads, 256, dim, dtype=dtype)
-    arrays = array(heads, dim, dtype=dtype), prompt, prompt, array(*slots), new, new, array()
-    more = {"heads": array(*slots)} if cache_heads == 1 else {}
-    if jnp.dtype(cache).itemsize == 1:
-        more |= {"k_scale": array(*slots, dtype=jnp.bfloat16), "v_scale": array(*slots, dtype=jnp.bfloat16)}
+    entries, decoded = array(*slots, dim, dtype=cache), array(kv_heads, 256, dim, dtype=dtype)
+    scale = array(*slots, dtype=jnp.bfloat16) if jnp.dtype(cache).itemsize == 1 else None
+    prompt = Slots(entries, entries, array(*slots), array(*slots) if cache_heads == 1 else None, scale, scale)
     run = functools.partial(kernels_pallas.decode_attention, implementation="gpu")
-    assert triton_calls(run, *arrays, **more) == (2 if capacity else 1)
+    given = array(heads, dim, dtype=dtype), prompt, Slots(decoded, decoded), array()
+    assert triton_calls(run, *given) == (2 if capacity else 1)
 
 
 def test_select_is_the_reference_there():
