@@ -5,10 +5,10 @@ G = H/K, N cache heads (K, or H where a published method caches per query head),
 V vocabulary, C capacity, M new tokens, W window. Arrays are laid out [B, heads, tokens, D].
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from etils import epy
 
-if TYPE_CHECKING:
+# Imported when first asked for: help texts and errors of the command line must not wait for all of them.
+with epy.lazy_api_imports(globals()):
     from fastkv_jax.buckets import pad_batch
     from fastkv_jax.cache.on_disk import load_cache, save_cache
     from fastkv_jax.calibration.measuring import calibrate
@@ -43,38 +43,6 @@ if TYPE_CHECKING:
     from fastkv_jax.text import load_tokenizer
 
 __version__ = "0.1.0"
-
-# Imported when first asked for: help texts and errors of the command line must not wait for all of them.
-_HOMES = {
-    "buckets": "pad_batch",
-    "cache.on_disk": "load_cache save_cache",
-    "calibration.measuring": "calibrate",
-    "checkpoint": "load_model",
-    "model.config": "LlamaConfig",
-    "errors": "BackendError CheckpointError FastKVConfigError InputError",
-    "explanation.explanation": "explain",
-    "decoding.loop": "generate",
-    "decoding.step": "decode_step",
-    "prefilling.doors": "prefill",
-    "methods": "ASL CLAA H2O METHODS TOVA AdaKV CriticalKV ExpectedAttention FastKV FullKV GemFilter KeyDiff Knorm "
-    "PyramidInfer PyramidKV SnapKV StreamingLLM",
-    "decoding.sampling": "Greedy Sample",
-    "decoding.streaming": "stream",
-    "text": "load_tokenizer",
-}
-
-
-def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names.split():
-            value = globals()[name] = getattr(importlib.import_module(f"fastkv_jax.{home}"), name)
-            return value
-    raise AttributeError(f"module 'fastkv_jax' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]
-
 
 __all__ = [
     "ASL",
