@@ -4,7 +4,7 @@ prefill -> first token -> [decode, sample] x CHUNK -> tokens to the host -> [dec
 """
 
 import dataclasses
-from collections.abc import Generator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Unpack
 
@@ -87,6 +87,34 @@ def _is_stop(token: Int[Array, " B"], stop_tokens: tuple[int, ...]) -> Bool[Arra
     return (token[:, None] == jnp.asarray(stop_tokens or (-1,), jnp.int32)).any(axis=-1)
 
 
+class Decoding(Iterator[tuple[np.ndarray, np.ndarray]]):
+    """Tokens as they are made: (tokens [B, c] int32, done [B]), the first token alone, then up to CHUNK at a time.
+
+    `cache` is what prompt and answer have left so far. Ends early when every row has met a stop token. Raises
+    `CheckpointError` at the first logits that are not finite.
+    """
+
+    def __init__(self, model: Llama, prompt: Prefill, loop: _Loop | None, max_new_tokens: int, options: dict[str, Any]):
+        self._model, self._segments, self._limit, self._options = model, prompt.cache.segments, max_new_tokens, options
+        self._loop, self._made = loop, 0
+        self.cache = prompt.cache
+
+    def __next__(self) -> tuple[np.ndarray, np.ndarray]:
+        if self._loop is None or self._made >= self._limit or (self._made and np.asarray(self._loop.done).all()):
+            raise StopIteration
+        if not self._made:
+            chunk = np.asarray(self._loop.token)[:, None]
+        else:
+            self._loop, made = _decode_chunk(self._model, self._segments, self._loop, self._limit, **self._options)
+            chunk = np.asarray(made)[: int(self._loop.count) - self._made].T
+        if not self._loop.finite:
+            told = "run with --check-weights (check_weights=True)"
+            raise CheckpointError(f"non-finite logits at step {self._made}; {told}")
+        self._made += chunk.shape[1]
+        self.cache = KVCache(self._segments, *self._loop.new)
+        return chunk, np.asarray(self._loop.done)
+
+
 def decode_chunks(
     model: Llama,
     prompt: Prefill,
@@ -96,30 +124,15 @@ def decode_chunks(
     stop_tokens: Sequence[int] | None = None,
     key: Key[Array, ""] | None = None,
     kernels: Kernels | None = None,
-) -> Generator[tuple[np.ndarray, np.ndarray], None, KVCache]:
-    """Tokens as they are made: (tokens [B, c] int32, done [B]), the first token alone, then up to CHUNK at a time.
-
-    The generator's own return value is the cache as it stands at the end.
-    `prompt`'s cache is donated. Ends early when every row has met a stop token. Raises `InputError` if the cache has
-    no room, `CheckpointError` at the first logits that are not finite.
-    """
+) -> Decoding:
+    """The tokens after a prompt, whose cache is donated. Raises `InputError` if the cache has no room for them."""
     if max_new_tokens > prompt.cache.max_new_tokens + 1:
         raise InputError(f"max_new_tokens={max_new_tokens} > {prompt.cache.max_new_tokens}, the room in the cache")
-    if max_new_tokens < 1:
-        return prompt.cache
     stops = _stops(model, stop_tokens)
-    options = _options(model, sampler, stops, kernels)
-    loop = _first_token(prompt, _key(sampler, key), sampler=sampler, stop_tokens=stops)
-    _check_finite(loop, 0)
-    yield np.asarray(loop.token)[:, None], np.asarray(loop.done)
-    made = 1
-    while made < max_new_tokens and not np.asarray(loop.done).all():
-        loop, chunk = _decode_chunk(model, prompt.cache.segments, loop, max_new_tokens, **options)
-        _check_finite(loop, made)
-        count = int(loop.count) - made
-        made += count
-        yield np.asarray(chunk)[:count].T, np.asarray(loop.done)
-    return KVCache(prompt.cache.segments, *loop.new)
+    options, loop = _options(model, sampler, stops, kernels), None
+    if max_new_tokens > 0:
+        loop = _first_token(prompt, _key(sampler, key), sampler=sampler, stop_tokens=stops)
+    return Decoding(model, prompt, loop, max_new_tokens, options)
 
 
 def compile_decode(
@@ -153,11 +166,6 @@ def _key(sampler: Sampler, key: Key[Array, ""] | None) -> Key[Array, ""]:
     return jax.random.key(0) if key is None else key
 
 
-def _check_finite(loop: _Loop, step: int) -> None:
-    if not loop.finite:
-        raise CheckpointError(f"non-finite logits at step {step}; run with --check-weights (check_weights=True)")
-
-
 def generate(
     model: Llama,
     tokens: Any,
@@ -181,21 +189,19 @@ def generate(
     ' five, six,'
     """
     prompt = prefill(model, tokens, start, **options)
-    max_new_tokens, kernels = options["max_new_tokens"], options.get("kernels")
-    batch = prompt.logits.shape[0]
-    out = np.full((batch, max_new_tokens), model.config.pad_token or 0, np.int32)
-    lengths, running, made = np.zeros(batch, np.int32), np.ones(batch, bool), 0
-    stops = _stops(model, stop_tokens)
-    chunks = decode_chunks(
-        model, prompt, max_new_tokens=max_new_tokens, sampler=sampler, stop_tokens=stops, key=key, kernels=kernels
+    decoding = decode_chunks(
+        model,
+        prompt,
+        max_new_tokens=options["max_new_tokens"],
+        sampler=sampler,
+        stop_tokens=stop_tokens,
+        key=key,
+        kernels=options.get("kernels"),
     )
-    while True:
-        try:
-            chunk, done = next(chunks)
-        except StopIteration as end:
-            return Generated(jnp.asarray(out), jnp.asarray(lengths), end.value)
+    shape = prompt.logits.shape[0], options["max_new_tokens"]
+    out, made = np.full(shape, model.config.pad_token or 0, np.int32), 0
+    for chunk, _ in decoding:
         out[:, made : made + chunk.shape[1]] = chunk
-        ended = np.isin(chunk, stops).cumsum(axis=1)
-        counted = chunk.shape[1] - (ended > 0).sum(axis=1) + ended.any(axis=1)
-        lengths += np.where(running, counted, 0)
-        running, made = ~done, made + chunk.shape[1]
+        made += chunk.shape[1]
+    cache = decoding.cache
+    return Generated(jnp.asarray(out), cache.filled + min(made, 1), cache)  # the last token of a row was not fed
