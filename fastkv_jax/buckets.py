@@ -37,7 +37,12 @@ def pad_batch(
         [[5, 6], [7]], bucket 4   ->   0 0 5 6 , 2
                                        0 0 0 7 , 3
 
-    `bucket` is T; None takes the next bucket. Raises `InputError` for an empty batch or row, or a bucket too small.
+    Args:
+        prompts: token ids of each row
+        bucket: T (default: None, the next bucket)
+
+    Raises:
+        InputError: for an empty batch or row, or a bucket too small
     """
     rows = [_as_array(prompt) for prompt in prompts]
     if not rows:

@@ -62,7 +62,12 @@ def load_tokenizer(source: str | os.PathLike[str] | Resolved) -> Any:
     """The tokenizer of any source that `load_model` accepts, as a transformers tokenizer.
 
     If the source was resolved with another tokenizer, that one. Warns with a `ModelWarning` of what is doubtful.
-    Raises `CheckpointError` if files are missing or damaged, or if it would need code from the model folder.
+
+    Args:
+        source: as of `load_model`
+
+    Raises:
+        CheckpointError: if files are missing or damaged, or if it would need code from the model folder
     """
     found = source if isinstance(source, Resolved) else resolve(source)
     found = found.tokenizer or found

@@ -33,8 +33,15 @@ def save_cache(
 ) -> None:
     """Write a cache; decoded tokens become prompt entries. Whole or not at all.
 
-    `note` is anything JSON can hold, for the caller (`load_note`). Raises `InputError` for a folder in the way or one
-    that is missing.
+    Args:
+        path: of the file
+        cache: of `prefill`, or after decoding
+        model: that made it; another one is refused when it is read
+        tokenizer: likewise (default: None, anyone's)
+        note: anything JSON can hold, for the caller, see `load_note` (default: None, nothing)
+
+    Raises:
+        InputError: for a folder in the way or one that is missing
     """
     from safetensors.flax import save_file
 
@@ -57,7 +64,13 @@ def save_cache(
 def load_cache(path: str | os.PathLike[str], model: Llama, tokenizer: Any = None) -> KVCache:
     """Read a cache back, with no room for new tokens: `prefill(..., cache=...)` makes it.
 
-    Raises `CheckpointError` for a damaged file, another model or dtype, or, if both have one, another tokenizer.
+    Args:
+        path: of the file
+        model: that goes on with it
+        tokenizer: that will make text of it (default: None, not compared)
+
+    Raises:
+        CheckpointError: for a damaged file, another model or dtype, or, if both have one, another tokenizer
     """
     header, arrays = _read(path)
     if header["model"] != fingerprint(model):

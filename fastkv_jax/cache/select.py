@@ -21,6 +21,6 @@ class Chosen(NamedTuple):
         return jnp.where(index >= 0, taken, jnp.asarray(fill, x.dtype))
 
 
-def choose(scores: Float[Array, "*S T"], count: Int[Array, "*S"], capacity: int, ops: Ops = PLAIN) -> Chosen:
+def choose(scores: Float[Array, "*S T"], count: Int[Array, "*#S"], capacity: int, ops: Ops = PLAIN) -> Chosen:
     """The `count` best columns of each row, in their order; ties go to the lowest index."""
     return Chosen(ops.select(scores, jnp.broadcast_to(count, scores.shape[:-1]), capacity))

@@ -15,23 +15,35 @@ from fastkv_jax.methods import FastKV, presets
 class Findings:
     """What was measured, and what was chosen from it. Axes: M settings, F finalists, L layers, C candidate layers.
 
-    model         its name; samples N of them; digest the sha256 of the samples
-    lengths       [N] tokens of each prompt
-    spans         where the answer's tokens stand in each prompt, [first, stop), None where they do not
-    settings      M windows, kernels and poolings; finalists: the F of them that were tried, best promise first
-    layers        C candidates for the TSP layer
-    propagated    [M, L] share of the answer's own tokens that TSP after this layer would let through, mean over samples
-    kept_mean     [M, L] share of them that a KV head of this layer would keep of the full context: mean over heads
-    kept_best     [M, L] the same of the layer's best head
-    overlap       [M, L, L] share of tokens that TSP after one layer and after another would both let through, the
-                  window apart (figure 1)
-    distance      [F, C] ||H - H'||^2 / ||H||^2, H the last token's final hidden state with the full context, H' with
-                  TSP after this layer, mean over samples (eq. 3, figure 3)
-    right         [F, C] answers that came out; right_full with the full context; answers: samples that expect one
-    tsp_layer, setting: chosen; by_distance: the layer that eq. 3 with the tolerance takes for that setting
-    decided_by    "answers", or "distance" where none came out that could be counted
-    flops_share   matrix products and attention of its prefill, share of full context's, mean over samples
-    seconds       medians of a full and of the chosen prefill of the longest sample, None unless they were timed
+    Attributes:
+        model: its name
+        samples: N of them
+        digest: the sha256 of the samples
+        lengths: [N] tokens of each prompt
+        spans: where the answer's tokens stand in each prompt, [first, stop), None where they do not
+        tsp_rate: as given
+        retention_rate: as given
+        tolerance: as given
+        layers: C candidates for the TSP layer
+        settings: M windows, kernels and poolings
+        finalists: the F of them that were tried, best promise first
+        propagated: [M, L] share of the answer's own tokens that TSP after this layer would let through, mean over
+            samples
+        kept_mean: [M, L] share of them that a KV head of this layer would keep of the full context: mean over heads
+        kept_best: [M, L] the same of the layer's best head
+        overlap: [M, L, L] share of tokens that TSP after one layer and after another would both let through, the window
+            apart (figure 1)
+        distance: [F, C] ||H - H'||^2 / ||H||^2, H the last token's final hidden state with the full context, H' with
+            TSP after this layer, mean over samples (eq. 3, figure 3)
+        right: [F, C] answers that came out
+        right_full: with the full context
+        answers: samples that expect one
+        tsp_layer: chosen
+        setting: chosen
+        by_distance: the layer that eq. 3 with the tolerance takes for that setting
+        decided_by: "answers", or "distance" where none came out that could be counted
+        flops_share: matrix products and attention of its prefill, share of full context's, mean over samples
+        seconds: medians of a full and of the chosen prefill of the longest sample, None unless they were timed
     """
 
     model: str

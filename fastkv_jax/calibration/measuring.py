@@ -40,21 +40,30 @@ T = TypeVar("T")
 
 def calibrate(model: Llama, samples: Iterable[Sample], **options: Unpack[CalibrationOptions]) -> Calibration:
     """Measure and choose: the earliest TSP layer, then the smallest kernel and window, that answers like full context,
-    or the most; see `best_answering`. The options are `CalibrationOptions`.
+    or the most; see `best_answering`.
 
     Where the samples have no answers there is nothing to count: give one setting, and eq. 3 chooses the layer. It does
     so too where no answer came out, with the full context or without it: better questions would help more.
-    Raises `FastKVConfigError` or `InputError` before anything runs.
 
-    >>> import fastkv_jax as fk
-    >>> from fastkv_jax.calibration.samples import make_samples
-    >>> model, tokenizer = fk.load_model("smollm2-135m", dtype="float32"), fk.load_tokenizer("smollm2-135m")
-    >>> row = {"prompt": "The code is 4711. " + "Boats go out. " * 20 + "What is the code?", "answer": "4711"}
-    >>> samples = make_samples(tokenizer, [row])
-    >>> found = fk.calibrate(model, samples, layers=[10, 14], window_sizes=[8], kernel_sizes=[7], max_new_tokens=8)
-    >>> found.layers, found.right.shape
-    ((10, 14), (1, 2))
-    >>> method = found.method()
+    Args:
+        model: from `load_model`
+        samples: questions with their answers, as `make_samples` makes them
+        **options: those of `CalibrationOptions`; each has a default
+
+    Raises:
+        FastKVConfigError: for settings that cannot be searched; like the next, before anything runs
+        InputError: for samples that cannot be read or compared
+
+    Examples:
+        >>> import fastkv_jax as fk
+        >>> from fastkv_jax.calibration.samples import make_samples
+        >>> model, tokenizer = fk.load_model("smollm2-135m", dtype="float32"), fk.load_tokenizer("smollm2-135m")
+        >>> row = {"prompt": "The code is 4711. " + "Boats go out. " * 20 + "What is the code?", "answer": "4711"}
+        >>> samples = make_samples(tokenizer, [row])
+        >>> found = fk.calibrate(model, samples, layers=[10, 14], window_sizes=[8], kernel_sizes=[7], max_new_tokens=8)
+        >>> found.layers, found.right.shape
+        ((10, 14), (1, 2))
+        >>> method = found.method()
     """
     samples, search, c = tuple(samples), Search(**options), model.config
     settings, candidates = search.settings(), search.candidates(c.num_layers)

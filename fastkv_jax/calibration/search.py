@@ -18,21 +18,23 @@ from fastkv_jax.model.platforms import Platform
 class CalibrationOptions(TypedDict, total=False):
     """How `calibrate` searches.
 
-    name            of the model, for the report (default: "")
-    layers          candidates for the TSP layer, the last one being the paper's L_max (default: None, a quarter of the
-                    model to three quarters)
-    window_sizes, kernel_sizes, poolings    all their combinations are surveyed (default: (8, 16, 32), (7, 13, 21, 31),
-                    ("max",))
-    tsp_rate, retention_rate    as in `FastKV`; they are given, not searched: they say what the user wants to save
-                    (default: 0.2 and 0.2)
-    tolerance       how much larger than the smallest a distance may be to count as close, >= 0 (eq. 3; default: 0.1)
-    finalists       how many of the settings are tried in earnest, those that promise most (default: 3)
-    max_new_tokens  tokens decoded to look for the answer in (default: 24)
-    tokenizer       to compare answers as text (default: None, token ids are compared, which a space before the answer
-                    may change)
-    timed           also time the prefill, full and chosen in turns (default: False)
-    platform        "cpu", "gpu" or "tpu" (default: None, where the weights are)
-    progress        called with (steps done, steps in all) (default: nobody is told)
+    Attributes:
+        name: of the model, for the report (default: "")
+        layers: candidates for the TSP layer, the last one being the paper's L_max (default: None, a quarter of the
+            model to three quarters)
+        window_sizes: to survey, with all kernel sizes and poolings (default: (8, 16, 32))
+        kernel_sizes: likewise (default: (7, 13, 21, 31))
+        poolings: likewise (default: ("max",))
+        tsp_rate: as in `FastKV`; given, not searched: it says what the user wants to save (default: 0.2)
+        retention_rate: likewise (default: 0.2)
+        tolerance: how much larger than the smallest a distance may be to count as close, >= 0 (eq. 3; default: 0.1)
+        finalists: how many of the settings are tried in earnest, those that promise most (default: 3)
+        max_new_tokens: tokens decoded to look for the answer in (default: 24)
+        tokenizer: to compare answers as text (default: None, token ids are compared, which a space before the answer
+            may change)
+        timed: also time the prefill, full and chosen in turns (default: False)
+        platform: "cpu", "gpu" or "tpu" (default: None, where the weights are)
+        progress: called with (steps done, steps in all) (default: nobody is told)
     """
 
     name: str

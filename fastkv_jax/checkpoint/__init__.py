@@ -137,15 +137,24 @@ def load_model(
     check_weights: bool = False,
     progress: bool = False,
 ) -> Llama:
-    """Load a model's weights in `dtype`, spread over `mesh` if there is one; needs no tokenizer.
+    """Load a model's weights; needs no tokenizer.
 
-    `check_weights` looks for NaN and infinity, `progress` draws a bar on stderr.
-    Raises `FastKVConfigError` for a dtype or mesh that cannot work, `CheckpointError` for files that cannot.
+    Args:
+        source: a Hugging Face or Orbax folder, a .gguf file, a Hub id, or a known name such as "smollm2-135m"
+        dtype: of weights and activations (default: "bfloat16")
+        mesh: devices to spread the weights over (default: None, the first one)
+        check_weights: look for NaN and infinity (default: False)
+        progress: draw a bar on stderr (default: False)
 
-    >>> import fastkv_jax as fk
-    >>> model = fk.load_model("smollm2-135m", dtype="float32")
-    >>> model.config.num_layers, model.config.num_kv_heads, model.dtype.name
-    (30, 3, 'float32')
+    Raises:
+        FastKVConfigError: for a dtype or mesh that cannot work
+        CheckpointError: for files that cannot
+
+    Examples:
+        >>> import fastkv_jax as fk
+        >>> model = fk.load_model("smollm2-135m", dtype="float32")
+        >>> model.config.num_layers, model.config.num_kv_heads, model.dtype.name
+        (30, 3, 'float32')
     """
     dtype = parse_dtype(dtype)
     found = source if isinstance(source, Resolved) else resolve(source, progress=progress)

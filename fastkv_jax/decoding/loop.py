@@ -176,17 +176,31 @@ def generate(
     key: Key[Array, ""] | None = None,
     **options: Unpack[PrefillOptions],
 ) -> Generated:
-    """Prefill, then decode until every row met a stop token or `max_new_tokens` are made; options as in `prefill`.
+    """Prefill, then decode until every row met a stop token or `max_new_tokens` are made.
 
-    `stop_tokens` None means the checkpoint's own list, () none. For the next turn pass the result's `cache`, and begin
-    its tokens with the last token of this answer.
+    For the next turn pass the result's `cache`, and begin its tokens with the last token of this answer.
 
-    >>> import fastkv_jax as fk
-    >>> model, tokenizer = fk.load_model("smollm2-135m", dtype="float32"), fk.load_tokenizer("smollm2-135m")
-    >>> tokens, start = fk.pad_batch([tokenizer.encode("One, two, three, four,")])
-    >>> made = fk.generate(model, tokens, start, method=fk.FullKV(), max_new_tokens=4)
-    >>> tokenizer.decode(made.tokens[0])
-    ' five, six,'
+    Args:
+        model: from `load_model`
+        tokens: [B, T] int32, rows right-aligned
+        start: [B] int32, the first valid column of each row (default: None, 0)
+        sampler: `Greedy` or `Sample(...)` (default: the most likely token)
+        stop_tokens: token ids that end a row, () for none (default: None, the checkpoint's own list)
+        key: of `jax.random`, which every sampler but `Greedy` needs (default: None)
+        **options: `method`, `max_new_tokens`, and the others of `PrefillOptions`
+
+    Raises:
+        InputError: for tokens that cannot be read, or a sampler without its key
+        FastKVConfigError: for options that cannot work
+        CheckpointError: at the first logits that are not finite
+
+    Examples:
+        >>> import fastkv_jax as fk
+        >>> model, tokenizer = fk.load_model("smollm2-135m", dtype="float32"), fk.load_tokenizer("smollm2-135m")
+        >>> tokens, start = fk.pad_batch([tokenizer.encode("One, two, three, four,")])
+        >>> made = fk.generate(model, tokens, start, method=fk.FullKV(), max_new_tokens=4)
+        >>> tokenizer.decode(made.tokens[0])
+        ' five, six,'
     """
     prompt = prefill(model, tokens, start, **options)
     decoding = decode_chunks(

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 from fastkv_jax.errors import FastKVConfigError
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Chooses one token per row."""
 
@@ -27,10 +28,19 @@ class Greedy:
 
 @dataclass(frozen=True)
 class Sample:
-    """Random tokens at a temperature, after the filters: top_k (0 = off), top_p (1 = off), min_p (0 = off).
+    """Random tokens at a temperature, after the filters.
 
     Filters work on the distribution at this temperature, in the order top-k, top-p, min-p; the likeliest token always
-    passes. Raises `FastKVConfigError` for a value outside its range.
+    passes.
+
+    Attributes:
+        temperature: what logits are divided by, > 0 (default: 1)
+        top_p: the likeliest tokens that have this mass together, in (0, 1] (default: 1, off)
+        top_k: so many of the likeliest, >= 0 (default: 0, off)
+        min_p: tokens at least so likely as a share of the likeliest, in [0, 1] (default: 0, off)
+
+    Raises:
+        FastKVConfigError: for a value outside its range
     """
 
     temperature: float = 1.0

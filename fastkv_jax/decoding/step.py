@@ -25,7 +25,14 @@ def decode_step(
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Feed one token [B] per row: the logits that follow it, and the cache with its entries. The cache is donated.
 
-    Raises `InputError` when the cache has no room left, never a clamped write (a traced cache is not checked).
+    Args:
+        model: from `load_model`
+        token: [B] int32
+        cache: of `prefill`, or of the step before
+        kernels: "tpu", "gpu", or "reference" for plain jax.numpy (default: None, the platform's own)
+
+    Raises:
+        InputError: when the cache has no room left; never a clamped write (a traced cache is not checked)
     """
     if not isinstance(cache.used, Tracer) and int(cache.used) >= cache.max_new_tokens:
         slots = max(segment.k.shape[3] for segment in cache.segments) + cache.max_new_tokens

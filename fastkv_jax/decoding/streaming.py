@@ -28,7 +28,19 @@ def stream(
     """`generate`, piece by piece: text of one prompt with a tokenizer, else chunks of tokens [B, c] int32.
 
     Text pieces never end inside a character and leave special tokens out; chunks hold stop tokens and padding.
-    Raises `InputError` for a batch of several prompts with a tokenizer.
+
+    Args:
+        model: from `load_model`
+        tokens: [B, T] int32, rows right-aligned
+        start: [B] int32, the first valid column of each row (default: None, 0)
+        sampler: `Greedy` or `Sample(...)` (default: the most likely token)
+        stop_tokens: token ids that end a row, () for none (default: None, the checkpoint's own list)
+        key: of `jax.random`, which every sampler but `Greedy` needs (default: None)
+        tokenizer: makes text of the tokens (default: None, chunks of tokens)
+        **options: `method`, `max_new_tokens`, and the others of `PrefillOptions`
+
+    Raises:
+        InputError: as `generate`, and for a batch of several prompts with a tokenizer
     """
     prompt = prefill(model, tokens, start, **options)
     chunks = decode_chunks(

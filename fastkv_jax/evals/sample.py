@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Encoded(NamedTuple):
     whole: int  # tokens before truncation; len(tokens) if nothing was cut
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What answers: a model with a tokenizer and a method."""
 
@@ -46,6 +47,7 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
 class Company(Protocol):
     """Several engines that answer the same prompts, and share what they can."""
 

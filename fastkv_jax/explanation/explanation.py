@@ -46,12 +46,17 @@ def check_path(path: str | os.PathLike[str]) -> Callable[[Kept], bytes]:
 def explain(result: Prefill, tokens: Any, tokenizer: Any = None, *, row: int = 0, start: Any = None) -> Explanation:
     """What `prefill` propagated and kept of one row, over its text.
 
-    tokens     [B, T] int32 as given to `prefill`; start [B] the first valid column, 0 if None
-    tokenizer  a transformers tokenizer, to show text instead of ids
-    row        which prompt of the batch
+    Everything is brought to the host.
 
-    Everything is brought to the host. Raises `InputError` if the arguments do not fit each other, or if the cache was
-    already given to decoding.
+    Args:
+        result: of `prefill`
+        tokens: [B, T] int32 as given to it
+        tokenizer: a transformers tokenizer, to show text (default: None, ids are shown)
+        row: which prompt of the batch (default: 0)
+        start: [B] int32 as given to `prefill` (default: None, 0)
+
+    Raises:
+        InputError: if the arguments do not fit each other, or if the cache was already given to decoding
     """
     ids = _row_ids(result, tokens, start, row)
     layers = range(result.cache.k_new.shape[0])

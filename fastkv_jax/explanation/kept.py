@@ -11,12 +11,13 @@ from jaxtyping import Bool, Float, Int
 class Kept:
     """What one prompt left behind, by true positions 0 ... n - 1.
 
-    token_ids   [n]
-    words       the text of each token, "" where a character goes on in the next one; ids where there is no tokenizer
-    has_text    whether `words` are texts
-    kept        [L, N, n]: whether a head of a layer keeps a position
-    heads       [L]: cache heads of each layer; N is the most of any layer, and rows beyond a layer's own are False
-    propagated  [n]: whether a position passed the last TSP layer; None where nothing was left behind
+    Attributes:
+        token_ids: [n]
+        words: the text of each token, "" where a character goes on in the next one; ids where there is no tokenizer
+        has_text: whether `words` are texts
+        kept: [L, N, n], whether a head of a layer keeps a position
+        heads: [L], cache heads of each layer; N is the most of any layer, and rows beyond a layer's own are False
+        propagated: [n], whether a position passed the last TSP layer; None where nothing was left behind
     """
 
     token_ids: Int[np.ndarray, " n"]

@@ -4,7 +4,7 @@ The plan says, in Python integers, how many tokens enter each run of layers and 
 every prompt length. The score says, in arrays, which. Nothing else in the package knows a method's name.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +71,7 @@ class Scores(NamedTuple):
     kv: Float[Array, "B N S"]  # decides what each cache head keeps of this layer
 
 
+@runtime_checkable
 class Method(Protocol):
     """What `prefill` asks of a method: frozen and hashable, since it is a static argument of jit."""
 

@@ -1,7 +1,7 @@
 """What all methods that only compress have in common: every token goes through every layer, a part of K/V stays."""
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +11,23 @@ from fastkv_jax.errors import FastKVConfigError
 from fastkv_jax.methods.base import Layer, Scores, Segment
 from fastkv_jax.methods.budgets import Budget, at_least, check_int, check_pair, check_pooling
 
+T = TypeVar("T", bound="Compression")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compression:
-    """Each cache head of every layer keeps its best entries: `retention_rate` of the prompt in (0, 1], or `capacity`.
+    """Each cache head of every layer keeps its best entries. A subclass says which those are.
 
-    The last `window_size` tokens of the question always stay. A prompt shorter than `min_prompt_to_compress` tokens is
-    left whole. A subclass says which entries are best; `reference(...)` takes the same settings and behaves as the
-    published code. Raises `FastKVConfigError` for settings that cannot work.
+    `reference(...)` takes the same settings and behaves as the published code.
+
+    Attributes:
+        retention_rate: share of the prompt that each head keeps, in (0, 1] (default: 0.1, unless `capacity` is given)
+        capacity: entries that each head keeps, >= `window_size`; instead of `retention_rate` (default: None)
+        window_size: tokens at the end of the question that always stay, >= 1 (default: 8)
+        min_prompt_to_compress: a shorter prompt is left whole, in tokens, >= 0 (default: 0)
+
+    Raises:
+        FastKVConfigError: for settings that cannot work
     """
 
     retention_rate: float | None = None
@@ -42,7 +51,7 @@ class Compression:
         check_pair("retention_rate", self.retention_rate, "capacity", self.capacity)
 
     @classmethod
-    def reference(cls, *args: Any, **kwargs: Any) -> Self:
+    def reference(cls: type[T], *args: Any, **kwargs: Any) -> T:
         """As the published code behaves, where that differs from ours."""
         published = {"published": True} if "published" in {field.name for field in fields(cls)} else {}
         return cls(*args, **kwargs, **published)
@@ -75,7 +84,12 @@ class Compression:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowCompression(Compression):
-    """A compression that looks through the observation window: pooled over `kernel_size` neighbours, odd."""
+    """A compression that looks through the observation window, the last `window_size` queries.
+
+    Attributes:
+        kernel_size: neighbours that are pooled into a score, odd, >= 1 (default: 7)
+        pooling: "max" or "avg" (default: "max")
+    """
 
     kernel_size: int = 7
     pooling: Literal["max", "avg"] = "max"

@@ -18,12 +18,18 @@ class FastKV(WindowCompression):
     Independently, each KV head of every layer keeps its most attended entries. Both are judged by the attention of the
     last `window_size` queries, pooled over `kernel_size` neighbours, and the window itself always stays.
 
-    Units: `tsp_rate` is a share of the prompt in (0, 1], `tsp_length` tokens; one of them. `tsp_layer` counts from 0.
-    Several `tsp_layers` make stages: `tsp_rate` is then one number for each, or what is left after the last.
-    Any other method may take over a part, with its own budget: `compression` keeps entries, `selection` chooses tokens.
-
     `FastKV.reference(...)` behaves as the published code wherever that runs: a prompt below the KV budget skips TSP
     too, and any layer may be the TSP layer.
+
+    Attributes:
+        tsp_layer: after which rows are dropped, from 0 to the number of layers - 2; it or `tsp_layers` must be given
+        tsp_rate: share of the prompt that goes on, in (0, 1] (default: 0.2, unless `tsp_length` is given)
+        tsp_length: tokens that go on, >= `window_size`; instead of `tsp_rate` (default: None)
+        tsp_layers: several of them, rising; `tsp_rate` is then one number for each, or what is left after the last
+            (default: None)
+        compression: another method that keeps entries, with its own budget (default: None, FastKV's own)
+        selection: another method that chooses tokens (default: None, FastKV's own)
+        published: what `reference` sets (default: False)
     """
 
     tsp_layer: int | None = None

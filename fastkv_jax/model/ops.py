@@ -42,12 +42,12 @@ class Ops:
 
         return self._by_head(run, (q, k, start, stop), (HEADS, HEADS, ROWS, ROWS), k.shape[1])
 
-    def select(self, scores: Float[Array, "B N T"], count: Int[Array, "B N"], capacity: int) -> Int[Array, "B N C"]:
+    def select(self, scores: Float[Array, "*S T"], count: Int[Array, "*S"], capacity: int) -> Int[Array, "*S C"]:
         """See `kernels_pallas.select`."""
         run = lambda s, c: kernels_pallas.select(s, c, capacity, implementation=self.kernels)  # noqa: E731
         return self._by_head(run, (scores, count), (HEADS, HEADS), scores.shape[1])
 
-    def among_best(self, scores: Float[Array, "B N T"], count: Int[Array, "B N"]) -> Bool[Array, "B N T"]:
+    def among_best(self, scores: Float[Array, "*S T"], count: Int[Array, "*S"]) -> Bool[Array, "*S T"]:
         """See `kernels_pallas.among_best`."""
         run = lambda s, c: kernels_pallas.among_best(s, c, implementation=self.kernels)  # noqa: E731
         return self._by_head(run, (scores, count), (HEADS, HEADS), scores.shape[1])

@@ -39,9 +39,9 @@ def angles(
 
 
 def rotate(
-    x: Float[Array, "B N T D"], cos: Float[Array, "B T D"], sin: Float[Array, "B T D"]
+    x: Float[Array, "B N T D"], cos: Float[Array, "B _ D"], sin: Float[Array, "B _ D"]
 ) -> Float[Array, "B N T D"]:
-    """Rotate each pair (d, d + D/2) of `x` by its angle; computed in float32, returned in x's dtype."""
+    """Rotate each pair (d, d + D/2) of `x` by its row's angle, or the one of all; in float32, returned in x's dtype."""
     x32 = x.astype(jnp.float32)
     first, second = jnp.split(x32, 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)

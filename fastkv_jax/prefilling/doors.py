@@ -1,7 +1,7 @@
 """The public door to a prefill, with its checks: `prefill` runs what `prepare` describes."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, Required, TypedDict, Unpack
+from typing import Any, Protocol, Required, TypedDict, Unpack, runtime_checkable
 
 import numpy as np
 from jax.core import Tracer
@@ -24,20 +24,21 @@ KV_DTYPES = ("int8", "float8_e4m3fn")
 class PrefillOptions(TypedDict, total=False):
     """How prompts are read; the same for `prefill`, `generate`, `stream` and `prepare`.
 
-    method          what is propagated and kept: one of `fk.METHODS`, or your own
-    max_new_tokens  room for decoded tokens in the cache; 0 is allowed
-    cache           what earlier prompts and answers of the same rows have left, itself unchanged: the tokens go on
-                    from there, at their true positions. They see everything in it, all of it stays, and the method
-                    chooses among the new tokens alone; `FullKV` keeps a whole question. If nothing had been evicted,
-                    the result is that of one long prompt. The last token of an answer is not in the cache yet: begin
-                    with it. (default: None, nothing stands before them)
-    window_end      tokens after the end of the question (a chat template's tail), one number or [B]: the observation
-                    window ends before them, and they are always kept (default: 0)
-    platform        "cpu", "gpu" or "tpu" (default: None, where the weights are)
-    kernels         "tpu", "gpu", or "reference" for plain jax.numpy (default: None, the platform's own)
-    kv_dtype        "int8" or "float8_e4m3fn": keep the prompt's entries in 8 bits (default: None, the model's dtype)
-    prefill_chunk   read so many tokens at a time and evict in between, for prompts that do not fit at once. Another
-                    approximation than one pass, but for `FullKV`; see `chunks` (default: None, all at once)
+    Attributes:
+        method: what is propagated and kept: one of `fk.METHODS`, or your own
+        max_new_tokens: room for decoded tokens in the cache; 0 is allowed
+        cache: what earlier prompts and answers of the same rows have left, itself unchanged: the tokens go on from
+            there, at their true positions. They see everything in it, all of it stays, and the method chooses among
+            the new tokens alone; `FullKV` keeps a whole question. If nothing had been evicted, the result is that of
+            one long prompt. The last token of an answer is not in the cache yet: begin with it. (default: None,
+            nothing stands before them)
+        window_end: tokens after the end of the question (a chat template's tail), one number or [B]: the observation
+            window ends before them, and they are always kept (default: 0)
+        platform: "cpu", "gpu" or "tpu" (default: None, where the weights are)
+        kernels: "tpu", "gpu", or "reference" for plain jax.numpy (default: None, the platform's own)
+        kv_dtype: "int8" or "float8_e4m3fn": keep the prompt's entries in 8 bits (default: None, the model's dtype)
+        prefill_chunk: read so many tokens at a time and evict in between, for prompts that do not fit at once. Another
+            approximation than one pass, but for `FullKV`; see `prefilling/chunked` (default: None, all at once)
     """
 
     method: Required[Method]
@@ -50,6 +51,7 @@ class PrefillOptions(TypedDict, total=False):
     prefill_chunk: int | None
 
 
+@runtime_checkable
 class Prepared(Protocol):
     """A prefill whose arguments have been checked."""
 
@@ -82,23 +84,32 @@ def prefill(
 ) -> Prefill:
     """Read a batch of left-padded prompts: logits of their last tokens, and a cache of what the method keeps.
 
-    tokens    [B, T] int32, rows right-aligned; start [B] the first valid column, 0 if None
-    options   `method`, `max_new_tokens`, and those that `PrefillOptions` describes
-    progress  called with the number of layers done since the last call; the layers then run in several calls
+    Compiles once per (method, T, B, max_new_tokens). NumPy arrays and lists are checked here, traced arrays are not:
+    budgets are looked up by traced length, exact in either case. A method that chooses its layer while it runs (ASL)
+    cannot be traced.
 
-    Compiles once per (method, T, B, max_new_tokens). NumPy arrays and lists are checked here (`InputError`,
-    `FastKVConfigError`), traced arrays are not: budgets are looked up by traced length, exact in either case. A method
-    that chooses its layer while it runs (ASL) cannot be traced.
+    Args:
+        model: from `load_model`
+        tokens: [B, T] int32, rows right-aligned
+        start: [B] int32, the first valid column of each row (default: None, 0)
+        progress: called with the number of layers done since the last call; the layers then run in several calls
+            (default: None, in as few as there can be)
+        **options: `method`, `max_new_tokens`, and the others of `PrefillOptions`
 
-    >>> import fastkv_jax as fk
-    >>> model, tokenizer = fk.load_model("smollm2-135m", dtype="float32"), fk.load_tokenizer("smollm2-135m")
-    >>> tokens, start = fk.pad_batch([tokenizer.encode("The boats go out at dawn. " * 10)])
-    >>> method = fk.FastKV(tsp_layer=14, tsp_rate=0.4, retention_rate=0.2)
-    >>> read = fk.prefill(model, tokens, start, method=method, max_new_tokens=8)
-    >>> read.logits.shape, int(read.cache.position[0])
-    ((1, 49152), 71)
-    >>> [int((read.cache.layer(i).positions >= 0).sum()) for i in (0, 29)]  # 14 entries for each of three heads
-    [42, 42]
+    Raises:
+        InputError: for tokens that cannot be read
+        FastKVConfigError: for options that cannot work
+
+    Examples:
+        >>> import fastkv_jax as fk
+        >>> model, tokenizer = fk.load_model("smollm2-135m", dtype="float32"), fk.load_tokenizer("smollm2-135m")
+        >>> tokens, start = fk.pad_batch([tokenizer.encode("The boats go out at dawn. " * 10)])
+        >>> method = fk.FastKV(tsp_layer=14, tsp_rate=0.4, retention_rate=0.2)
+        >>> read = fk.prefill(model, tokens, start, method=method, max_new_tokens=8)
+        >>> read.logits.shape, int(read.cache.position[0])
+        ((1, 49152), 71)
+        >>> [int((read.cache.layer(i).positions >= 0).sum()) for i in (0, 29)]  # 14 entries for each of three heads
+        [42, 42]
     """
     return prepare(model, tokens, start, **options).run(progress)
 

@@ -142,8 +142,8 @@ def propagate(
 class Turns(NamedTuple):
     """The rotation of the rows that enter a layer."""
 
-    cos: Float[Array, "B S D/2"]
-    sin: Float[Array, "B S D/2"]
+    cos: Float[Array, "B S D"]
+    sin: Float[Array, "B S D"]
     frequencies: Float[Array, " D/2"]
 
 

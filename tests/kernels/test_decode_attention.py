@@ -184,6 +184,7 @@ def test_a_flat_cache_of_8_bits(implementation: str):
     assert_agrees(implementation, (q, k, v, *rest), 3, heads=heads, k_scale=k_scale, v_scale=v_scale)
 
 
+@pytest.mark.usefixtures("own_checks_only")
 def test_heads_of_slots_are_for_flat_caches():
     q, *rest = inputs(0, 4, 2, 2)
     heads = np.zeros((BATCH, 1, CAPACITY), np.int32)
@@ -196,6 +197,7 @@ def test_large_logits_do_not_overflow(implementation: str):
     assert_agrees(implementation, inputs(0, 4, 2, 2, scale=1e3), 3, tolerance=ATTENTION_LARGE)
 
 
+@pytest.mark.usefixtures("own_checks_only")
 def test_a_cache_of_8_bits_and_its_scales_come_together():
     q, k, v, *rest = inputs(0, 4, 2, 2)
     scale = np.ones((BATCH, 2, CAPACITY), np.float32)
@@ -207,6 +209,7 @@ def test_a_cache_of_8_bits_and_its_scales_come_together():
             kernels_pallas.decode_attention(q, prompt, Slots(*rest[1:]), filled)
 
 
+@pytest.mark.usefixtures("own_checks_only")
 def test_layers_and_the_number_of_one_come_together():
     q, k, v, positions, *new = inputs(0, 4, 2, 2)
     filled, layer = np.ones(BATCH, np.int32), (np.int32(0), np.int32(0))
@@ -216,6 +219,7 @@ def test_layers_and_the_number_of_one_come_together():
         kernels_pallas.decode_attention(q, Slots(k[None], v[None], positions[None]), Slots(*new), filled)
 
 
+@pytest.mark.usefixtures("own_checks_only")
 def test_heads_that_do_not_divide_are_refused():
     q, *rest = inputs(0, 5, 2, 2)
     with pytest.raises(ValueError, match="5 query heads over 2 and 2"):

@@ -14,11 +14,11 @@ from kernels_pallas import Slots, dispatch
 
 RANDOM = np.random.default_rng(0)
 ROWS = 3  # an odd number: were the tiles of a row shared out to two cores, the second row's would be split
-EDGES = np.array([3, 0, 9], np.int32), np.array([40, 33, 31], np.int32)
+EDGES = jnp.array([3, 0, 9]), jnp.array([40, 33, 31])
 
 
 def normal(*shape):
-    return RANDOM.normal(size=(ROWS, *shape)).astype(np.float32)
+    return jnp.asarray(RANDOM.normal(size=(ROWS, *shape)), jnp.float32)
 
 
 def window_scores():
@@ -27,19 +27,19 @@ def window_scores():
 
 
 def select():
-    scores, count = normal(300), np.array([20, 7, 30], np.int32)
+    scores, count = normal(300), jnp.array([20, 7, 30])
     return lambda **choice: kernels_pallas.select(scores, count, 30, **choice)
 
 
 def among_best():
-    scores, count = normal(300), np.array([20, 7, 30], np.int32)
+    scores, count = normal(300), jnp.array([20, 7, 30])
     return lambda **choice: kernels_pallas.among_best(scores, count, **choice)
 
 
 def decode_attention():
-    positions = RANDOM.integers(-1, 2, (ROWS, 2, 13)).astype(np.int32)
+    positions = jnp.asarray(RANDOM.integers(-1, 2, (ROWS, 2, 13)), jnp.int32)
     prompt, new = Slots(normal(2, 13, 8), normal(2, 13, 8), positions), Slots(normal(2, 5, 8), normal(2, 5, 8))
-    given = normal(4, 8), prompt, new, np.array([2, 5, 1], np.int32)
+    given = normal(4, 8), prompt, new, jnp.array([2, 5, 1])
     return lambda **choice: kernels_pallas.decode_attention(*given, **choice)
 
 

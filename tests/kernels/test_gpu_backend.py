@@ -94,8 +94,8 @@ def test_decode_attention_is_lowered(heads, kv_heads, cache_heads, capacity, dim
 
 
 def test_select_is_the_reference_there():
-    scores = np.random.default_rng(0).normal(size=(2, 50)).astype(np.float32)
-    count = np.array([3, 7], np.int32)
+    scores = jnp.asarray(np.random.default_rng(0).normal(size=(2, 50)), jnp.float32)
+    count = jnp.array([3, 7])
     for run in (functools.partial(kernels_pallas.select, capacity=8), kernels_pallas.among_best):
         np.testing.assert_array_equal(run(scores, count, implementation="gpu"), run(scores, count))
 

@@ -55,6 +55,7 @@ def test_many_rows_are_the_library_s():
     np.testing.assert_array_equal(run(), np.full((65, 16), 16.0))
 
 
+@pytest.mark.usefixtures("own_checks_only")
 @pytest.mark.parametrize(
     ("x", "weight"),
     [

@@ -120,6 +120,7 @@ def test_among_best_keeps_leading_axes_and_may_take_every_column(implementation:
     assert marked.shape == scores.shape and marked[0].all() and not marked[1].any()
 
 
+@pytest.mark.usefixtures("own_checks_only")
 @pytest.mark.parametrize("capacity", [0, TOKENS + 1])
 def test_a_capacity_that_cannot_be_is_refused(capacity: int):
     with pytest.raises(ValueError, match=f"capacity {capacity} is outside 1..{TOKENS}"):

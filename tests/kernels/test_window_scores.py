@@ -129,6 +129,7 @@ def test_padding_and_the_rows_after_the_window_do_not_count(implementation: str)
     np.testing.assert_array_equal(run(q, k, start, stop, kernel_size=5, pooling="max"), clean)
 
 
+@pytest.mark.usefixtures("own_checks_only")
 def test_shapes_and_settings_that_cannot_be_are_refused():
     q, k = inputs(0, heads=4, kv_heads=3)
     edges = np.zeros(BATCH, np.int32), np.full(BATCH, TOKENS, np.int32)

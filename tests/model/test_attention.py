@@ -114,7 +114,7 @@ def test_rolling_rows_for_cudnn_changes_nothing(monkeypatch, kv_heads: int):
     theirs = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: theirs(*a, **{**k, "implementation": "xla"}))
     q, k, v, start = inputs(100, kv_heads)
-    out = attention(q, k, v, start, platform="gpu")
+    out = attention(*map(jnp.asarray, (q, k, v, start)), platform="gpu")
     np.testing.assert_allclose(valid(out, start), expected(q, k, v, start), rtol=0, atol=ATTENTION)
 
 
@@ -128,7 +128,7 @@ def test_splash_attention_sees_groups_and_padding_as_we_do(monkeypatch, kv_heads
     monkeypatch.setattr(splash_attention, "make_splash_mha_single_device", partial(real, interpret=True))
     q, k, v, start = inputs(100 if shards == 1 else 256, kv_heads)
     mesh = None if shards == 1 else Mesh(np.array(jax.devices()[:shards]), ("sequence",))
-    out = attention(q, k, v, start, platform="tpu", mesh=mesh)
+    out = attention(*map(jnp.asarray, (q, k, v, start)), platform="tpu", mesh=mesh)
     np.testing.assert_allclose(valid(out, start), expected(q, k, v, start), rtol=0, atol=ATTENTION)
 
 

@@ -205,7 +205,7 @@ def test_the_options_that_are_described_are_those_that_are_taken():
     asked = {name for name, default in taken.items() if default is inspect.Parameter.empty}
     assert asked == PrefillOptions.__required_keys__ == {"method", "max_new_tokens"}
     for name in taken:
-        assert re.search(rf"^ +{name} ", PrefillOptions.__doc__, re.MULTILINE), name
+        assert re.search(rf"^ +{name}: ", PrefillOptions.__doc__, re.MULTILINE), name
 
 
 def test_what_is_compiled_ahead_is_what_runs():

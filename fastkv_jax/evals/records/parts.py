@@ -2,13 +2,14 @@
 
 import os
 import time
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from etils import epath
 
 from fastkv_jax.files import sync_folder
 
 
+@runtime_checkable
 class Writer(Protocol):
     """Takes lines, each a record."""
 
