@@ -33,6 +33,7 @@ from compilations import compilations  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 # The files that take longest come first, the longest before the others: whoever is free takes the next file.

@@ -113,7 +113,7 @@ def _row(cache: KVCache, index) -> KVCache:
 
 @jax.jit
 def _fold(cache: KVCache) -> KVCache:
-    slots = jnp.arange(cache.max_new_tokens)
+    slots = jnp.arange(cache.max_new_tokens)[None]
     first = (cache.position - cache.filled)[:, None]
     positions = jnp.where(slots < cache.filled[:, None], first + slots, -1)  # [B, M]
     shape = cache.k_new.shape[:4]

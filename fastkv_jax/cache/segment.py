@@ -55,7 +55,8 @@ class SegmentKV:
             return self
         if self.k.shape[-3] != kv_heads:
             raise InputError(f"a cache of {self.k.shape[-3]} heads cannot be joined with one that {kv_heads} share")
-        codes = jnp.where(self.positions >= 0, self.positions * kv_heads + jnp.arange(kv_heads)[:, None], -1)
+        head = jnp.arange(kv_heads).reshape((1,) * (self.positions.ndim - 2) + (kv_heads, 1))
+        codes = jnp.where(self.positions >= 0, self.positions * kv_heads + head, -1)
         k, v = (a.reshape(*a.shape[:-3], 1, -1, a.shape[-1]) for a in (self.k, self.v))
         k_scale, v_scale = (None if a is None else _in_one_row(a) for a in (self.k_scale, self.v_scale))
         return SegmentKV(k, v, _in_one_row(codes), k_scale, v_scale, kv_heads)
@@ -113,7 +114,7 @@ class SegmentKV:
         if not self.sharing:
             return self
         owner = self.positions % self.sharing
-        mine = (owner == jnp.arange(self.sharing)[:, None]) & (self.positions >= 0)  # [L, B, K, C]
+        mine = (owner == jnp.arange(self.sharing)[None, None, :, None]) & (self.positions >= 0)  # [L, B, K, C]
         counts = mine.sum(axis=-1, dtype=jnp.int32)
         chosen = choose(jnp.where(mine, 0.0, -jnp.inf), counts, mine.shape[-1])
         spread = lambda a: jnp.broadcast_to(a, (*mine.shape[:3], *a.shape[3:]))  # noqa: E731

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastkv_jax.cli.asking import checks, prompts
 from fastkv_jax.cli.flags import common, settings
 from fastkv_jax.errors import InputError, ModelWarning
-from fastkv_jax.methods import FullKV, Method, presets
+from fastkv_jax.methods import presets
 
 if TYPE_CHECKING:
     from fastkv_jax import checkpoint
     from fastkv_jax.cli.asking.answering import Encoded, Engine
     from fastkv_jax.cli.asking.report import Reporter
     from fastkv_jax.cli.asking.saved import Saved
+    from fastkv_jax.methods.base import Method
     from fastkv_jax.model.config import LlamaConfig
 
 KV_DTYPES = {"int8": "int8", "fp8": "float8_e4m3fn"}
@@ -109,7 +110,7 @@ class Asked(NamedTuple):
     config: "LlamaConfig"
     tokenizer: Any
     preset: presets.Preset
-    method: Method
+    method: "Method"
     stops: tuple[str, ...]
     stop_tokens: tuple[int, ...]
     saved: "Saved | None"  # a document read before
@@ -158,6 +159,7 @@ def _understood(options: argparse.Namespace, requests: list[prompts.Request]) ->
     from fastkv_jax.cli.asking.encoding import encode_all, use_chat
     from fastkv_jax.cli.asking.saved import Saved
     from fastkv_jax.decoding.answers import split_stops
+    from fastkv_jax.methods import FullKV
     from fastkv_jax.prefilling.doors import check_in_chunks
 
     rendering = common.rendering(options)

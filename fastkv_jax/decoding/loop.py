@@ -84,7 +84,7 @@ def _decode_chunk(model, segments, loop: _Loop, limit, *, sampler, stop_tokens, 
 
 
 def _is_stop(token: Int[Array, " B"], stop_tokens: tuple[int, ...]) -> Bool[Array, " B"]:
-    return (token[:, None] == jnp.asarray(stop_tokens or (-1,), jnp.int32)).any(axis=-1)
+    return (token[:, None] == jnp.asarray([stop_tokens or (-1,)], jnp.int32)).any(axis=-1)
 
 
 class Decoding(Iterator[tuple[np.ndarray, np.ndarray]]):

@@ -15,7 +15,7 @@ QUERY_BLOCK = 128
 def attention_sums(
     layer: Layer,
     weights: Float[Array, "B S"],
-    sees: Callable[[Int[Array, "Q 1"], Int[Array, " S"]], Bool[Array, "*B Q S"]] = lambda query, key: query >= key,
+    sees: Callable[[Int[Array, "1 Q 1"], Int[Array, "1 1 S"]], Bool[Array, "1 Q S"]] = lambda query, key: query >= key,
 ) -> Float[Array, "B H S"]:
     """sum over queries of weight * softmax(q k^T / sqrt(D)), float32; queries of weight 0 at the front cost nothing.
 
@@ -26,14 +26,14 @@ def attention_sums(
     pad = -tokens % QUERY_BLOCK
     q = jnp.pad(q, ((0, 0), (0, 0), (pad, 0), (0, 0))).reshape(batch, k.shape[1], -1, tokens + pad, dim)
     weights = jnp.pad(weights, ((0, 0), (pad, 0)))
-    keys = jnp.arange(tokens)
+    keys = jnp.arange(tokens)[None, None]
     used = jnp.argmax((weights > 0).any(axis=0)) // QUERY_BLOCK  # the first block with a query that counts
 
     def one_block(block, sums):
         first = block * QUERY_BLOCK
         queries = lax.dynamic_slice_in_dim(q, first, QUERY_BLOCK, axis=3)
         weight = lax.dynamic_slice_in_dim(weights, first, QUERY_BLOCK, axis=1)
-        columns = first - pad + jnp.arange(QUERY_BLOCK)[:, None]
+        columns = first - pad + jnp.arange(QUERY_BLOCK)[None, :, None]
         seen = sees(columns, keys) & (keys >= start[:, None, None])  # [B, Q, S]
 
         def one_head(queries_and_keys):

@@ -50,14 +50,14 @@ class Layer(NamedTuple):
     def protect(self, scores: Float[Array, "B *N S"]) -> Float[Array, "B *N S"]:
         """+inf for the window and what follows it, -inf for padding; a method's own +inf comes next to the window."""
         shape = (-1,) + (1,) * (scores.ndim - 1)
-        columns = jnp.arange(scores.shape[-1])
+        columns = jnp.arange(scores.shape[-1]).reshape(shape[::-1])
         first = jnp.where(self.window > 0, self.stop - self.window, scores.shape[-1]).reshape(shape)
         scores = jnp.where(columns >= first, jnp.inf, jnp.minimum(scores, jnp.finfo(jnp.float32).max))
         return jnp.where(columns >= self.start.reshape(shape), scores, -jnp.inf)
 
     def last_queries(self, count: int) -> Float[Array, "B H W D"]:
         """The queries of the `count` columns before `stop`."""
-        columns = jnp.maximum(self.stop[:, None] - count + jnp.arange(count), 0)
+        columns = jnp.maximum(self.stop[:, None] - count + jnp.arange(count)[None], 0)
         return jnp.take_along_axis(self.q, columns[:, None, :, None], axis=2)
 
 

@@ -57,7 +57,7 @@ class ExpectedAttention(Compression):
         mean = (q * weight).sum(axis=2)
         centred = (q - mean[:, :, None]) * jnp.sqrt(weight)
         covariance = jnp.einsum("bgsd,bgse->bgde", centred, centred)
-        future = layer.positions[:, -1:] + 1 + jnp.arange(self.future)  # [B, future]
+        future = layer.positions[:, -1:] + 1 + jnp.arange(self.future)[None]  # [B, future]
         mean_angles = [a.mean(axis=1, keepdims=True) for a in _angles(layer, future)]
         half = rope.rotate(covariance, *mean_angles).swapaxes(-1, -2)
         return rope.rotate(mean[:, :, None], *mean_angles)[:, :, 0], rope.rotate(half, *mean_angles)
@@ -65,5 +65,5 @@ class ExpectedAttention(Compression):
 
 def _angles(layer: Layer, positions):
     """Cosine and sine [B, R, D] of positions [B, R]."""
-    angles = positions[..., None].astype(jnp.float32) * jnp.tile(layer.frequencies, 2)
+    angles = positions[..., None].astype(jnp.float32) * jnp.tile(layer.frequencies, 2)[None, None]
     return jnp.cos(angles), jnp.sin(angles)

@@ -23,7 +23,7 @@ class H2O(Compression):
 
     def importance(self, layer: Layer) -> Float[Array, "B N S"]:
         """Column sums of the attention map."""
-        columns = jnp.arange(layer.q.shape[2])
+        columns = jnp.arange(layer.q.shape[2])[None]
         everyone = (columns >= layer.start[:, None]).astype(jnp.float32)
         if not self.published:
             sums = attention_sums(layer, everyone)

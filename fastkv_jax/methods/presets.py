@@ -5,12 +5,15 @@ import importlib.resources
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import yaml
 
 from fastkv_jax.errors import FastKVConfigError
-from fastkv_jax.methods import METHODS, Method
+from fastkv_jax.methods import NAMES
+
+if TYPE_CHECKING:
+    from fastkv_jax.methods.base import Method
 
 _PAIRS = [("tsp_rate", "tsp_length"), ("retention_rate", "capacity"), ("tsp_layer", "tsp_layers")]
 PARTNERS = {one: other for pair in _PAIRS for one, other in (pair, pair[::-1])}
@@ -27,7 +30,7 @@ class Preset:
     window_end: Literal["question", "prompt"]
     settings: Mapping[str, Any]  # fields of methods' dataclasses; a tsp_layer of None means layers/2 - 1
 
-    def describe(self, method: str, built: Method) -> str:
+    def describe(self, method: str, built: "Method") -> str:
         """One line for people: the settings in force."""
         own = sorted(settings(built).items(), key=lambda item: not item[0].startswith("tsp"))  # the telling ones first
         given = " ".join(f"{name}={value}" for name, value in own if value is not None and value is not False)
@@ -82,29 +85,33 @@ def for_model(model: str) -> Preset:
 
 def check_method(method: object) -> None:
     """Raise `FastKVConfigError` for a name that no method has."""
-    if method not in METHODS:
-        raise FastKVConfigError(f"unknown method {method!r}; there are: {', '.join(METHODS)}")
+    if method not in NAMES:
+        raise FastKVConfigError(f"unknown method {method!r}; there are: {', '.join(NAMES)}")
 
 
 def settings_of(method: str) -> tuple[str, ...]:
     """The settings a method takes, in the order of its dataclass."""
+    from fastkv_jax.methods.registry import METHODS
+
     check_method(method)
     return tuple(field.name for field in dataclasses.fields(METHODS[method]) if field.name not in HIDDEN)
 
 
-def settings(method: Method) -> dict[str, Any]:
+def settings(method: "Method") -> dict[str, Any]:
     """The settings of a method as plain values; another method within it as text."""
     values = {field.name: getattr(method, field.name) for field in dataclasses.fields(cast(Any, method))}
     return {name: repr(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
 
 
-def build(method: str, preset: Preset, given: Mapping[str, Any], num_layers: int | None) -> Method:
+def build(method: str, preset: Preset, given: Mapping[str, Any], num_layers: int | None) -> "Method":
     """The method with a preset's settings, each replaced, partner included, where `given` has one.
 
     A compression or selection is given by its name and built in the same way, with the budget for itself.
     `num_layers` None checks the settings alone, before the model is known. Raises `FastKVConfigError` for a setting
     that no part of the method has, both of a pair, or values that cannot work.
     """
+    from fastkv_jax.methods.registry import METHODS
+
     parts = {name: given[name] for name in PARTS if name in given and name in settings_of(method)}
     fields = {name for part in (method, *parts.values()) for name in settings_of(part)}
     for name, value in given.items():

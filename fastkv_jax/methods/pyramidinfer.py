@@ -64,7 +64,7 @@ class PyramidInfer:
 
     def scores(self, layer: Layer) -> Scores:
         """Attention of the recent queries, weighted by how recent they are, averaged over them and the heads."""
-        columns = jnp.arange(layer.positions.shape[1])
+        columns = jnp.arange(layer.positions.shape[1])[None]
         rank = columns - (layer.stop - layer.window)[:, None]  # 0 for the oldest of the recent
         age = rank / jnp.maximum(layer.window - 1, 1)[:, None]  # 0 ... 1, the newest
         weight = (1 + (self.distance_weight - 1) * age) / layer.window[:, None].astype(jnp.float32)

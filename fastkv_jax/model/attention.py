@@ -75,7 +75,7 @@ def _blocked(q, k, v, start, offset: int | Int[Array, ""] = 0):
 
     def query_rows(index):
         first = offset + index * query_block
-        rows = first + jnp.arange(query_block)
+        rows = (first + jnp.arange(query_block))[None]
         queries = lax.dynamic_slice_in_dim(q, index * query_block, query_block, axis=3)
         queries = queries.reshape(batch, kv_heads, group * query_block, dim)
 
@@ -85,8 +85,8 @@ def _blocked(q, k, v, start, offset: int | Int[Array, ""] = 0):
             values = lax.dynamic_slice_in_dim(v, block * key_block, key_block, axis=2)
             logits = jnp.einsum("bkrd,bktd->bkrt", queries, keys, preferred_element_type=jnp.float32)
             if edge:
-                columns = block * key_block + jnp.arange(key_block)
-                seen = (columns <= rows[:, None]) & (columns >= start[:, None, None])  # [B, query, key]
+                columns = (block * key_block + jnp.arange(key_block))[None, None]
+                seen = (columns <= rows[..., None]) & (columns >= start[:, None, None])  # [B, query, key]
                 logits = logits.reshape(batch, kv_heads, group, query_block, key_block)
                 logits = jnp.where(seen[:, None, None], logits, -1e30).reshape(batch, kv_heads, -1, key_block)
             new_highest = jnp.maximum(highest, logits.max(axis=-1))
@@ -135,10 +135,10 @@ def attention_after(
     blocks = jnp.pad(q, ((0, 0), (0, 0), (pad, 0), (0, 0))).reshape(batch, heads, -1, _AFTER_BLOCK, dim)
     there = there[:, :, None]  # [B, N, 1, C]
     if owner is not None:
-        there = there & (owner[:, :, None] == (jnp.arange(heads) // (heads // k.shape[1]))[:, None])
+        there = there & (owner[:, :, None] == (jnp.arange(heads) // (heads // k.shape[1]))[None, None, :, None])
     there = jnp.broadcast_to(there, (batch, there.shape[1], heads // past_k.shape[1], there.shape[-1]))
     there = there.reshape(batch, heads, 1, -1)
-    columns = jnp.arange(tokens)
+    columns = jnp.arange(tokens)[None, None]
 
     def product(spec, a, b):  # b has fewer heads: fold the group of each into a's axes
         grouped = a.reshape(batch, b.shape[1], -1, *a.shape[2:])
@@ -147,8 +147,8 @@ def attention_after(
 
     def one_block(block_and_index):
         block, index = block_and_index
-        rows = index * _AFTER_BLOCK - pad + jnp.arange(_AFTER_BLOCK)
-        seen = (columns <= rows[:, None]) & (columns >= start[:, None, None])  # [B, Q, T]
+        rows = (index * _AFTER_BLOCK - pad + jnp.arange(_AFTER_BLOCK))[None]
+        seen = (columns <= rows[..., None]) & (columns >= start[:, None, None])  # [B, Q, T]
         old = jnp.where(there, product("bngqd,bncd->bngqc", block, past_k) * dim**-0.5, -1e30)
         new = jnp.where(seen[:, None], product("bngqd,bncd->bngqc", block, k) * dim**-0.5, -1e30)
         weights = jax.nn.softmax(jnp.concatenate([old, new], axis=-1), axis=-1).astype(v.dtype)

@@ -27,7 +27,7 @@ def rms_norm(x: Float[Array, "*S E"], weight: Float[Array, " E"], eps: float) ->
     """Root-mean-square norm, computed in float32. Source: arXiv 1910.07467, eq. 4."""
     x32 = x.astype(jnp.float32)
     scale = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return weight * (x32 * scale).astype(x.dtype)
+    return jnp.broadcast_to(weight, x.shape) * (x32 * scale).astype(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def linear(x: Float[Array, "*S I"], weight: nnx.Param, bias: nnx.Param | None = 
         y = y.reshape(*x.shape[:-1], -1)
     else:
         y = jnp.einsum("...i,oi->...o", x, matrix)
-    return y if bias is None else y + bias[...]
+    return y if bias is None else y + jnp.broadcast_to(bias[...], y.shape)
 
 
 class Block(nnx.Module):

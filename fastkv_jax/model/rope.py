@@ -33,7 +33,7 @@ def angles(
     rope: RopeConfig, head_dim: int, positions: Int[Array, "*B T"]
 ) -> tuple[Float[Array, "*B T D"], Float[Array, "*B T D"]]:
     """Cosine and sine of every position, each half repeated, float32."""
-    theta = positions[..., None].astype(jnp.float32) * frequencies(rope, head_dim)
+    theta = jnp.multiply.outer(positions.astype(jnp.float32), frequencies(rope, head_dim))
     theta = jnp.concatenate([theta, theta], axis=-1)
     return jnp.cos(theta), jnp.sin(theta)
 

@@ -199,7 +199,7 @@ def _store(
 
     def stored(segment: SegmentKV, entries: SegmentKV, slots: int, first: Array) -> SegmentKV:
         place = entries.positions // max(entries.sharing, 1)
-        mine = (entries.positions >= 0) & (place < stop[:, None, None])
+        mine = (entries.positions >= 0) & (place < stop[None, :, None, None])
         chosen = choose(jnp.where(mine, 0.0, -jnp.inf), mine.sum(axis=-1, dtype=jnp.int32), slots)
 
         def put(old: Array, fill: int, values: Array) -> Array:

@@ -99,7 +99,7 @@ def enter_budgets(model: Llama, prompt: Prompt, *, static: Static) -> Budgets:
 def enter(model: Llama, prompt: Prompt, past: KVCache | None, *, static: Static) -> Progress:
     """Embedded tokens at the positions after those of the past."""
     columns = prompt.tokens.shape[1]
-    position = jnp.arange(columns) - prompt.start[:, None]
+    position = jnp.arange(columns)[None] - prompt.start[:, None]
     before = 0 if past is None else past.position[:, None]
     stop = jnp.asarray(columns - prompt.window_end)
     rows = Rows(jnp.where(position >= 0, position + before, -1), prompt.start, stop)
@@ -114,7 +114,9 @@ def _no_scores(rows: Rows, static: Static) -> Float[Array, "R B S"]:
 @jax.jit
 def budget(table: Int[Array, "*L T"], budgets: Budgets, limit) -> Int[Array, "*L B"]:
     """The exact budget of each row: looked up by its true length, never less than what must stay, within the limit."""
-    return jnp.minimum(limit, jnp.maximum(table[..., budgets.n], budgets.protected))
+    counted = table[..., budgets.n]
+    least, most = (jnp.broadcast_to(a, counted.shape) for a in (budgets.protected, limit))
+    return jnp.minimum(most, jnp.maximum(counted, least))
 
 
 @partial(jax.jit, static_argnames=("width", "restarts", "static"))
@@ -184,7 +186,7 @@ def run_layers(
     chex.assert_rank([x, rows.positions, *kept], [3, 2, *[2] * len(kept)])
     chex.assert_equal_shape_prefix([x, rows.positions], 2)
     c, ops = model.config, Ops(static.kernels, model.mesh)
-    columns = jnp.arange(rows.positions.shape[1])
+    columns = jnp.arange(rows.positions.shape[1])[None]
     turn = turns(model, columns - rows.start[:, None] if renumbered else rows.positions)
     windows = tuple(mine.window for mine in own)
 
@@ -259,7 +261,7 @@ def keep(layer: Layer, scores: Float[Array, "B N S"], reader: Reader) -> Segment
     if not reader.shared:
         chosen = choose(scores, layer.kept[:, None], reader.capacity, layer.ops)
         return SegmentKV(chosen.take(k, 0), chosen.take(v, 0), chosen.take(positions, -1))
-    codes = jnp.where(positions >= 0, positions * heads + jnp.arange(heads)[:, None], -1)
+    codes = jnp.where(positions >= 0, positions * heads + jnp.arange(heads)[None, :, None], -1)
     scores, codes = scores.reshape(-1, 1, heads * tokens), codes.reshape(-1, 1, heads * tokens)
     k, v = (a.reshape(a.shape[0], 1, heads * tokens, -1) for a in (k, v))
     chosen = choose(scores, heads * layer.kept[:, None], reader.capacity, layer.ops)

@@ -14,9 +14,9 @@ def decode_attention(q, prompt: Slots, decoded: Slots, filled, layer):
     there = (positions >= 0)[:, :, None]  # [B, N, 1, C]
     if heads is not None:
         owner = jnp.arange(query_heads) // (query_heads // k_new.shape[1])
-        there = there & (heads[:, :, None] == owner[:, None])
+        there = there & (heads[:, :, None] == owner[None, None, :, None])
     old = jnp.where(there, _logits(q, k_prompt, k_scale), -jnp.inf)  # [B, N, H/N, C]
-    slots = jnp.arange(k_new.shape[2])
+    slots = jnp.arange(k_new.shape[2])[None]
     new = jnp.where((slots < filled[:, None])[:, None, None], _logits(q, k_new, None), -jnp.inf)  # [B, K, H/K, M]
     flat = jnp.concatenate([old.reshape(batch, query_heads, -1), new.reshape(batch, query_heads, -1)], axis=-1)
     weights = jax.nn.softmax(flat, axis=-1)

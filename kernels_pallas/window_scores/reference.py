@@ -8,9 +8,9 @@ from jax import lax
 def window_scores(q, k, start, stop, *, kernel_size, pooling):
     batch, heads, window, dim = q.shape
     kv_heads, tokens = k.shape[1], k.shape[2]
-    columns = jnp.arange(tokens)
-    rows = stop[:, None] - window + jnp.arange(window)  # [B, W]: where each query sits
-    seen = (columns <= rows[..., None]) & (columns >= start[:, None, None])  # [B, W, T]
+    columns = jnp.arange(tokens)[None]
+    rows = stop[:, None] - window + jnp.arange(window)[None]  # [B, W]: where each query sits
+    seen = (columns[None] <= rows[..., None]) & (columns[None] >= start[:, None, None])  # [B, W, T]
 
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, window, dim)
     logits = jnp.einsum("bkgwd,bktd->bkgwt", grouped, k, preferred_element_type=jnp.float32)

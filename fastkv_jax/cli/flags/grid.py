@@ -11,10 +11,11 @@ import yaml
 
 from fastkv_jax.cli.flags import settings
 from fastkv_jax.errors import FastKVConfigError
-from fastkv_jax.methods import Method, presets
+from fastkv_jax.methods import presets
 
 if TYPE_CHECKING:
     from fastkv_jax.evals.suites.catalogue import SuiteSettings
+    from fastkv_jax.methods.base import Method
 
 RUN_KEYS = {"name": str, "method": str, "preset": str, "settings": dict}
 
@@ -23,7 +24,7 @@ class Run(NamedTuple):
     """One method with its settings."""
 
     name: str
-    method: Method
+    method: "Method"
     window_at_question: bool
 
 

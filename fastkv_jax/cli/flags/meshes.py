@@ -3,22 +3,23 @@
 from typing import Any
 
 from fastkv_jax.errors import FastKVConfigError
-from fastkv_jax.model.sharding import DATA, MODEL, SEQUENCE
 
-NAMES = {"data": DATA, "tensor": MODEL, "sequence": SEQUENCE}
 HELP = "split rows, heads or a prompt's tokens over devices: data=2,tensor=4,sequence=1 (default: one device)"
 
 
 def parse(text: str | None) -> dict[str, int]:
     """{axis: size}; raises `FastKVConfigError` before JAX has started."""
+    from fastkv_jax.model.sharding import DATA, MODEL, SEQUENCE
+
+    names = {"data": DATA, "tensor": MODEL, "sequence": SEQUENCE}
     found: dict[str, int] = {}
     for part in filter(None, (text or "").split(",")):
         name, equals, size = part.partition("=")
-        if name not in NAMES or not equals or not size.isdecimal() or int(size) < 1:
+        if name not in names or not equals or not size.isdecimal() or int(size) < 1:
             raise FastKVConfigError(f"--mesh takes data=N,tensor=N,sequence=N with N >= 1, got {part!r}")
-        if NAMES[name] in found:
+        if names[name] in found:
             raise FastKVConfigError(f"--mesh names {name} twice")
-        found[NAMES[name]] = int(size)
+        found[names[name]] = int(size)
     return found
 
 

@@ -1,6 +1,8 @@
 """The method's flags are the fields of the methods' dataclasses, no more and no less."""
 
 import dataclasses
+import subprocess
+import sys
 import typing
 
 import pytest
@@ -8,13 +10,17 @@ import pytest
 from fastkv_jax.cli import generate
 from fastkv_jax.cli.flags import common, settings
 from fastkv_jax.errors import FastKVConfigError
-from fastkv_jax.methods import METHODS, presets
+from fastkv_jax.methods import METHODS, NAMES, presets
 
 FIELDS = sorted({name for method in METHODS for name in presets.settings_of(method)})
 
 
 def options(*words):
     return generate.parser().parse([str(word) for word in words])
+
+
+def test_the_names_are_those_of_the_registry():
+    assert tuple(METHODS) == NAMES
 
 
 def test_every_field_but_those_for_python_is_a_setting():
@@ -33,7 +39,7 @@ def test_every_setting_has_a_flag_and_a_help_text(name):
 
 
 def test_no_help_text_is_left_over():
-    assert set(settings._HELP) == set(FIELDS)
+    assert set(settings._SETTINGS) == set(FIELDS)
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -95,3 +101,15 @@ def test_layers_are_checked_with_the_model():
     settings.check(given)
     with pytest.raises(FastKVConfigError, match="tsp_layer 29 is outside 0…28 for a 30-layer model"):
         settings.method(given, "smollm2-135m", 30)
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "benchmark", "calibrate", "convert"])
+def test_a_help_text_does_not_wait_for_jax(command):
+    code = f"""import sys
+from fastkv_jax.cli import {command}
+try:
+    {command}.main(["--help"])
+except SystemExit:
+    print("jax" in sys.modules)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "usage" in done.stdout and done.stdout.endswith("False\n")
