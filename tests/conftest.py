@@ -40,6 +40,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 SLOW = (
     "cli/test_aot_compile.py",
     "prefilling/test_doors.py",
+    "decoding/test_loop.py",
     "model/test_meshes.py",
     "evals/test_engine.py",
     "cli/test_evaluate.py",
@@ -68,8 +69,8 @@ QUICK = (
     "kernels/test_select.py::test_agrees_with_a_stable_sort",
     "kernels/test_window_scores.py::test_agrees_for_ragged_rows",
     "prefilling/test_doors.py::test_prefill_of_a_ragged_batch_agrees_with_the_oracle",
-    "prefilling/test_doors.py::test_greedy_tokens_agree_with_the_oracle",
-    "prefilling/test_doors.py::test_a_row_ends_at_its_stop_token_and_is_padded_after_it",
+    "decoding/test_loop.py::test_greedy_tokens_agree_with_the_oracle",
+    "decoding/test_loop.py::test_a_row_ends_at_its_stop_token_and_is_padded_after_it",
     "checkpoint/",
     "test_text.py",
     "cli/test_generate.py::test_only_the_answer_goes_to_stdout",

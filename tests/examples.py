@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 import fastkv_jax as fk
 from fastkv_jax.cache.kv_cache import KVCache, LayerKV
+from fastkv_jax.decoding.loop import Generated
 from fastkv_jax.methods.base import Method
 from fastkv_jax.model.llama import Llama
 from fastkv_jax.prefilling.doors import Prefill
@@ -116,3 +117,19 @@ def filled_by_head(positions: Any) -> list[np.ndarray]:
         assert (head[: len(head) - count] < 0).all()
         heads.append(head[len(head) - count :])
     return heads
+
+
+def batch() -> tuple[np.ndarray, np.ndarray]:
+    """Of `PROMPTS`."""
+    return fk.pad_batch(PROMPTS, BUCKET)
+
+
+def generate(method: Method, **options: Any) -> Generated:
+    """Of `PROMPTS`."""
+    return fk.generate(model_a(), *batch(), method=method, **({"max_new_tokens": NEW, "stop_tokens": ()} | options))
+
+
+@cache
+def greedy(method: Method) -> np.ndarray:
+    """The tokens of `PROMPTS`, made once."""
+    return np.asarray(generate(method).tokens)

@@ -1,0 +1,134 @@
+"""Decoding: what `generate` and `decode_step` return, against the oracle and against each other."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fastkv_jax as fk
+from examples import (
+    EXAMPLES,
+    IN_ORACLE,
+    LENGTHS,
+    METHODS,
+    MODEL_A,
+    NEW,
+    PROMPTS,
+    batch,
+    generate,
+    greedy,
+    model_a,
+    oracle_settings,
+)
+from examples import weights_a as oracle_model
+from fastkv_jax.methods.base import Method
+from oracle import oracle_generate
+
+FASTKV = METHODS[1]
+in_the_oracle = pytest.mark.parametrize("method", IN_ORACLE, ids=["full", "fastkv-0", "fastkv-1", "fastkv-2"])
+one_of_each = pytest.mark.parametrize("method", [examples[0] for examples in EXAMPLES.values()], ids=list(EXAMPLES))
+
+
+@in_the_oracle
+def test_greedy_tokens_agree_with_the_oracle(method: Method):
+    for row, prompt in enumerate(PROMPTS):
+        tokens, _ = oracle_generate(*oracle_model(), prompt, NEW, method=oracle_settings(method))
+        assert greedy(method)[row].tolist() == tokens
+
+
+@one_of_each
+def test_generate_equals_repeated_decode_steps(method: Method):
+    prompt = fk.prefill(model_a(), *batch(), method=method, max_new_tokens=NEW)
+    logits, cache, tokens = prompt.logits, prompt.cache, []
+    for _ in range(NEW):
+        tokens.append(np.argmax(logits, axis=-1))
+        logits, cache = fk.decode_step(model_a(), tokens[-1], cache)
+    np.testing.assert_array_equal(greedy(method), np.stack(tokens, axis=1))
+    np.testing.assert_array_equal(cache.position, np.array(LENGTHS) + NEW)
+    np.testing.assert_array_equal(cache.filled, NEW)
+    assert int(cache.used) == NEW
+
+
+def test_a_decode_step_without_room_is_refused():
+    prompt = fk.prefill(model_a(), *batch(), method=FASTKV, max_new_tokens=0)
+    with pytest.raises(fk.InputError, match=r"cache is full \(\d+/\d+\): it has room for max_new_tokens=0"):
+        fk.decode_step(model_a(), np.zeros(len(PROMPTS), np.int32), prompt.cache)
+    prompt = fk.prefill(model_a(), *batch(), method=FASTKV, max_new_tokens=NEW)
+    cache = prompt.cache
+    for _ in range(NEW):
+        _, cache = fk.decode_step(model_a(), np.zeros(len(PROMPTS), np.int32), cache)
+    with pytest.raises(fk.InputError, match="cache is full"):
+        fk.decode_step(model_a(), np.zeros(len(PROMPTS), np.int32), cache)
+
+
+def test_no_new_tokens_is_a_prefill_alone():
+    made = generate(FASTKV, max_new_tokens=0)
+    assert made.tokens.shape == (len(PROMPTS), 0)
+    np.testing.assert_array_equal(made.lengths, 0)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_fewer_new_tokens_are_a_prefix(tokens: int):
+    np.testing.assert_array_equal(generate(FASTKV, max_new_tokens=tokens).tokens, greedy(FASTKV)[:, :tokens])
+
+
+def test_a_row_ends_at_its_stop_token_and_is_padded_after_it():
+    free = greedy(FASTKV)
+    stop = (int(free[3, 2]), int(free[5, 0]))
+    made = generate(FASTKV, stop_tokens=stop)
+    for row, tokens in enumerate(free):
+        met = np.flatnonzero(np.isin(tokens, stop))
+        length = met[0] + 1 if met.size else NEW
+        assert int(made.lengths[row]) == length
+        assert made.tokens[row].tolist() == [*tokens[:length], *[0] * (NEW - length)]
+    assert int(made.lengths[5]) == 1 and int(made.lengths[3]) <= 3 and int(made.lengths.max()) > 3
+
+
+def test_all_rows_may_stop_at_once():
+    made = generate(FASTKV, stop_tokens=greedy(FASTKV)[:, 0].tolist())
+    np.testing.assert_array_equal(made.lengths, 1)
+    np.testing.assert_array_equal(made.tokens[:, 1:], 0)
+
+
+def test_stop_and_pad_tokens_come_from_the_checkpoint_unless_given(tmp_path: Path):
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL_A, folder)
+    stop, pad = int(greedy(FASTKV)[4, 1]), 5
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [stop], "pad_token_id": pad}))
+    model = fk.load_model(folder, dtype="float32")
+    made = fk.generate(model, *batch(), method=FASTKV, max_new_tokens=NEW)
+    expected = generate(FASTKV, stop_tokens=(stop,))
+    np.testing.assert_array_equal(made.lengths, expected.lengths)
+    after = np.arange(NEW) >= np.asarray(made.lengths)[:, None]
+    np.testing.assert_array_equal(made.tokens, np.where(after, pad, expected.tokens))
+    assert after[4].sum() >= NEW - 2
+    unstopped = fk.generate(model, *batch(), method=FASTKV, max_new_tokens=NEW, stop_tokens=())
+    np.testing.assert_array_equal(unstopped.tokens, greedy(FASTKV))
+
+
+def test_a_model_with_broken_weights_is_reported_not_decoded():
+    model = model_a()
+    leaves, tree = jax.tree.flatten(model)
+    broken = jax.tree.unflatten(tree, [jnp.full_like(leaf, jnp.nan) for leaf in leaves])
+    with pytest.raises(fk.CheckpointError, match="non-finite logits at step 0"):
+        fk.generate(broken, *batch(), method=FASTKV, max_new_tokens=NEW)
+
+
+def test_sampling_is_reproducible_by_key():
+    sampler = fk.Sample(temperature=1.5, top_p=0.95, top_k=50)
+    first, again, other = (
+        np.asarray(generate(FASTKV, sampler=sampler, key=jax.random.key(seed)).tokens) for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    with pytest.raises(fk.InputError, match=r"Sample needs key=jax.random.key\(seed\)"):
+        generate(FASTKV, sampler=sampler)
+
+
+def test_sampling_from_the_best_token_alone_is_greedy():
+    made = generate(FASTKV, sampler=fk.Sample(top_k=1), key=jax.random.key(0))
+    np.testing.assert_array_equal(made.tokens, greedy(FASTKV))
