@@ -165,7 +165,7 @@ def attention_after(
 def _cudnn(q, k, v, start):
     """cuDNN's flash attention. It masks padding only on the right, so rows are rolled to the left and back."""
     tokens = q.shape[2]
-    columns = jnp.arange(tokens)
+    columns = jnp.arange(tokens)[None]
     to_left = (columns + start[:, None]) % tokens
     to_right = (columns - start[:, None]) % tokens
     q, k, v = (jnp.take_along_axis(x.swapaxes(1, 2), to_left[..., None, None], axis=1) for x in (q, k, v))
@@ -210,7 +210,7 @@ def _splash(q, k, v, start, shard: int = 0):
         mask=splash.MultiHeadMask([_causal((q.shape[2], length), first)] * q.shape[1]),
         block_sizes=splash.BlockSizes(block_q=blocks[0], block_kv=blocks[1], block_kv_compute=blocks[1]),
     )
-    prompt = (jnp.arange(length) >= start[:, None] + pad_keys).astype(jnp.int32)
+    prompt = (jnp.arange(length)[None] >= start[:, None] + pad_keys).astype(jnp.int32)
 
     def one_row(q, k, v, segment):
         mine = segment[first : first + q.shape[1]]

@@ -48,6 +48,6 @@ def _scores(model: Llama, prompt: Prompt, past: KVCache, *, static: Static):
     batch, columns = prompt.tokens.shape
     rows, following = on.at.x[:, :-1].reshape(-1, on.at.x.shape[-1]), prompt.tokens[:, 1:].reshape(-1)
     found, best = (a.reshape(batch, columns - 1) for a in lax.map(one_row, (rows, following), batch_size=ROWS))
-    known = jnp.arange(1, columns) > prompt.start[:, None]
+    known = jnp.arange(1, columns)[None] > prompt.start[:, None]
     pad = ((0, 0), (1, 0))
     return jnp.pad(jnp.where(known, found, 0.0), pad), jnp.pad(jnp.where(known, best, -1), pad, constant_values=-1)

@@ -59,7 +59,7 @@ def test_it_passes_through_jit_as_it_is(cache):
 
 def entries(heads, per_head, first=0):
     """One layer, one row: head h holds the positions first + h, first + h + heads, ...; keys say (head, position)."""
-    positions = first + jnp.arange(per_head) * heads + jnp.arange(heads)[:, None]
+    positions = first + jnp.arange(per_head)[None] * heads + jnp.arange(heads)[:, None]
     owner = jnp.broadcast_to(jnp.arange(heads)[:, None], positions.shape)
     k = jnp.stack([owner, positions], axis=-1).astype(jnp.float32)[None, None]
     return SegmentKV(k, -k, positions[None, None].astype(jnp.int32))
@@ -100,7 +100,7 @@ def test_a_cache_per_query_head_is_joined_by_repeating_the_other():
 
 def test_decoded_tokens_become_prompt_entries(cache):
     assert cache.folded() is cache  # none yet
-    k_new = jnp.arange(M, dtype=jnp.float32)[:, None] + jnp.zeros((5, B, K, M, D))
+    k_new = jnp.broadcast_to(jnp.arange(M, dtype=jnp.float32)[:, None], (5, B, K, M, D))
     filled = jnp.array([2, 1])
     used = cache.replace(k_new=k_new, used=jnp.int32(2), filled=filled, position=jnp.array([11, 6]))
     folded = used.folded()

@@ -144,7 +144,7 @@ def test_scores_have_a_value_for_every_row_and_cache_head(method: Method):
 def ones() -> Layer:
     q, k, v = (jax.numpy.ones((2, heads, 16, 4)) for heads in (4, 2, 2))
     start = jax.numpy.array([0, 3])
-    columns = jax.numpy.arange(16) - start[:, None]
+    columns = jax.numpy.arange(16)[None] - start[:, None]
     return Layer(
         q, k, v, jax.numpy.maximum(columns, -1), start, stop=jax.numpy.array([16, 15]), window=jax.numpy.array([4, 4]),
         kept=jax.numpy.array([8, 7]), frequencies=jax.numpy.array([1.0, 0.1]), wo=jax.numpy.ones((8, 16)),
