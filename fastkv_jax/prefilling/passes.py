@@ -5,7 +5,7 @@ tokens -> [layers of stage 0] -> choose rows -> [layers of stage 1] -> ... -> lo
               keep entries                         keep entries        -> cache
 
 Whoever drives a pass says which layers come next: `Whole` as the plan has it, `adaptive` as the scores will have it,
-`chunks` again for each chunk, `many_methods` with several readers of the same layers.
+`chunked` again for each chunk, `many_methods` with several readers of the same layers.
 """
 
 import copy
