@@ -98,6 +98,13 @@ def test_there_are_few_floors_and_rooms_of_a_size():
     assert {room: count for room in rooms if (count := len(list(room.glob("*.py")))) > 11} == {}
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if part(name) != "kernels_pallas"])
+def test_files_and_functions_are_short(name):
+    assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= 300
+    functions = [node for node in nodes(name) if isinstance(node, ast.FunctionDef)]
+    assert [f.name for f in functions if (f.end_lineno or f.lineno) - f.lineno >= 60] == []
+
+
 def test_the_rooms_on_the_page_are_those_there_are():
     listed = re.findall(r"^\| `(\w+)/(\w+)` \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     rooms = {room for room, _ in listed}

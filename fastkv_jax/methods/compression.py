@@ -78,7 +78,7 @@ class Compression:
         return Scores(kv.sum(axis=1), kv)
 
     def importance(self, layer: Layer) -> Float[Array, "B N S"]:
-        """How much each entry is worth to each cache head."""
+        """How much each entry is worth to each cache head, more is better. A subclass says it, or `scores`."""
         raise NotImplementedError
 
 

@@ -25,6 +25,7 @@ from examples import (
     oracle_settings,
 )
 from examples import weights_a as oracle_model
+from fastkv_jax.decoding.loop import decode_chunks
 from fastkv_jax.methods.base import Method
 from oracle import oracle_generate
 
@@ -132,3 +133,14 @@ def test_sampling_is_reproducible_by_key():
 def test_sampling_from_the_best_token_alone_is_greedy():
     made = generate(FASTKV, sampler=fk.Sample(top_k=1), key=jax.random.key(0))
     np.testing.assert_array_equal(made.tokens, greedy(FASTKV))
+
+
+def test_its_cache_goes_with_the_tokens_that_have_been_shown():
+    """The newest token has not been fed: a row's cache holds one fewer than were made."""
+    prompt = fk.prefill(model_a(), *batch(), method=FASTKV, max_new_tokens=NEW)
+    decoding, made = decode_chunks(model_a(), prompt, max_new_tokens=NEW, stop_tokens=()), 0
+    for chunk, _ in decoding:
+        made += chunk.shape[1]
+        np.testing.assert_array_equal(decoding.cache.filled, made - 1)
+        np.testing.assert_array_equal(decoding.cache.position, np.array(LENGTHS) + made - 1)
+    assert made == NEW and next(decoding, None) is None
