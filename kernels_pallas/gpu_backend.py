@@ -7,7 +7,12 @@ for Hopper and up only, and has another programming model.
 from types import ModuleType
 from typing import Any
 
+import jax
 from jax.experimental import pallas as pl
+
+# Triton's lowering counts elements in 32 bits with a sign, unless an array has more bytes than this: of one-byte
+# entries those beyond half of it would be looked for in front of the array.
+_NARROW_BYTES, _NARROW_ELEMENTS = 1 << 32, 1 << 31
 
 
 def triton() -> ModuleType:
@@ -21,13 +26,41 @@ def triton() -> ModuleType:
     return module
 
 
-def gpu_call(kernel, *, name: str, grid, out_shape, warps: int, stages: int, interpret: bool) -> Any:
-    """`pl.pallas_call` of a kernel that gets whole arrays and loads what it needs; `stages` loads are in flight."""
+def gpu_call(
+    kernel,
+    *,
+    name: str,
+    grid,
+    out_shape,
+    warps: int,
+    stages: int,
+    interpret: bool,
+    aliases: dict[int, int] | None = None,
+) -> Any:
+    """`pl.pallas_call` of a kernel that gets whole arrays and loads what it needs.
+
+    `stages` loads are in flight; `aliases`: which input each output that is one of them updates in place.
+    """
     return pl.pallas_call(
         kernel,
         grid=grid,
         out_shape=out_shape,
         compiler_params=triton().CompilerParams(num_warps=warps, num_stages=stages),
+        input_output_aliases=aliases or {},
         interpret=interpret,
         name=name,
     )
+
+
+def fits_offsets(elements: int, itemsize: int) -> bool:
+    """Whether a kernel finds every element of an array of this size."""
+    return elements <= _NARROW_ELEMENTS or elements * itemsize > _NARROW_BYTES
+
+
+def check_offsets(name: str, array: jax.Array) -> None:
+    """Raise `ValueError` for an array whose elements a kernel would not find."""
+    if not fits_offsets(array.size, array.dtype.itemsize):
+        raise ValueError(
+            f"{name}: {array.dtype}{list(array.shape)} has {array.size:,} elements; "
+            f"of one byte each there may be up to {_NARROW_ELEMENTS:,}, or more than {_NARROW_BYTES:,}"
+        )

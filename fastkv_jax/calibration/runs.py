@@ -12,11 +12,12 @@ from fastkv_jax.calibration.samples import Sample, longest_run
 from fastkv_jax.decoding.loop import decode_chunks
 from fastkv_jax.methods.base import Method
 from fastkv_jax.methods.plan import Stage
-from fastkv_jax.model.llama import Llama, rms_norm
+from fastkv_jax.model.llama import Llama
 from fastkv_jax.model.platforms import Platform
 from fastkv_jax.prefilling.doors import Prepared, prepare
 from fastkv_jax.prefilling.layers import Prefill
 from fastkv_jax.prefilling.passes import Pass, stages_of
+from kernels_pallas.arithmetic import rms_norm
 
 
 class Run(NamedTuple):

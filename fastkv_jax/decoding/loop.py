@@ -1,9 +1,8 @@
-"""The decode loop: a scan of decode and sample, a few steps per call, over the part of the cache that changes.
+"""The decode loop: decode and sample, a few steps per call, over the part of the cache that changes.
 
 prefill -> first token -> [decode, sample] x CHUNK -> tokens to the host -> [decode, sample] x CHUNK -> ...
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Unpack
@@ -63,24 +62,31 @@ def _first_token(prompt: Prefill, key, *, sampler: Sampler, stop_tokens: tuple[i
 
 @partial(jax.jit, static_argnames=("sampler", "stop_tokens", "pad_token", "kernels"), donate_argnames=("loop",))
 def _decode_chunk(model, segments, loop: _Loop, limit, *, sampler, stop_tokens, pad_token, kernels: Kernels):
-    """Up to CHUNK steps of decode and sample; steps after the end of all rows or of the limit do nothing."""
+    """Up to CHUNK steps of decode and sample, and their tokens [CHUNK, B].
 
-    def step(loop: _Loop, _):
-        def go(loop: _Loop):
-            logits, cache = decode(model, loop.token, KVCache(segments, *loop.new), ~loop.done, kernels=kernels)
-            key, now = jax.random.split(loop.key)
-            token = jnp.where(loop.done, pad_token, sampler(logits, now))
-            finite = loop.finite & (jnp.isfinite(logits).all(axis=-1) | loop.done).all()
-            done = loop.done | _is_stop(token, stop_tokens)
-            return _Loop(token, done, finite, loop.count + 1, key, _changing(cache))
+    A step after the end of all rows or of the limit changes nothing. A GPU takes all the same, so that the number of
+    turns is known when it is compiled: otherwise the host would ask after each one, and a branch copies the buffers.
+    """
 
-        def rest(loop: _Loop):
-            return dataclasses.replace(loop, token=jnp.full_like(loop.token, pad_token))
+    def ended(loop: _Loop) -> Bool[Array, ""]:
+        return loop.done.all() | (loop.count >= limit)
 
-        loop = lax.cond(loop.done.all() | (loop.count >= limit), rest, go, loop)
-        return loop, loop.token
+    def step(index, carry):
+        loop, made = carry
+        rest = loop.done | ended(loop)
+        logits, cache = decode(model, loop.token, KVCache(segments, *loop.new), ~rest, kernels=kernels)
+        key, now = jax.random.split(loop.key)
+        token = jnp.where(rest, pad_token, sampler(logits, now))
+        finite = loop.finite & (jnp.isfinite(logits).all(axis=-1) | rest).all()
+        count = loop.count + jnp.where(ended(loop), 0, 1)
+        loop = _Loop(token, loop.done | _is_stop(token, stop_tokens), finite, count, key, _changing(cache))
+        return loop, lax.dynamic_update_index_in_dim(made, token, index, 0)
 
-    return lax.scan(step, loop, length=CHUNK)
+    carry = loop, jnp.full((CHUNK, *loop.token.shape), pad_token, loop.token.dtype)
+    if kernels == "gpu":
+        return lax.fori_loop(0, CHUNK, step, carry)
+    more = lambda at: (at[0] < CHUNK) & ~ended(at[1][0])  # noqa: E731
+    return lax.while_loop(more, lambda at: (at[0] + 1, step(*at)), (0, carry))[1]
 
 
 def _is_stop(token: Int[Array, " B"], stop_tokens: tuple[int, ...]) -> Bool[Array, " B"]:

@@ -51,34 +51,33 @@ def decode(
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """One step without checks, jit or donation, to be a part of a larger program.
 
-    Rows that are not `live` have ended: what they are fed does not count.
+    Rows that are not `live` have ended: what they are fed does not count. Without a live row nothing changes.
     """
     x = model.embed(token[:, None])
-    cos, sin = rope.angles(model.config.rope, model.config.head_dim, cache.position[:, None])
+    turn = rope.angles(model.config.rope, model.config.head_dim, cache.position)
 
-    def layer(segment: SegmentKV, first: int, carry, index):
+    filled = cache.filled + 1
+
+    def layer(segment: SegmentKV, first: int, index, carry):
         x, k_new, v_new = carry
         block = model.layer(index, in_place=kernels == "gpu" and model.mesh is None)
-        q, k, v = block.qkv(x, cos, sin)
-        k_new, v_new = (
-            lax.dynamic_update_slice(buffer, a[None], (index, 0, 0, cache.used, 0))
-            for buffer, a in ((k_new, k), (v_new, v))
-        )
+        q, k, v = (a[:, :, 0] for a in block.unrotated(x))
+        q, k_new, v_new = ops.append(q, k, v, turn, (k_new, v_new), cache.used, index)
         new, place = Slots(k_new, v_new), (index - first, index)
-        out = ops.decode_attention(q[:, :, 0], segment.slots(), new, cache.filled + 1, place)
-        return (block.output(x, out[:, :, None]), k_new, v_new), None
+        out = ops.decode_attention(q, segment.slots(), new, filled, place)
+        return block.output(x, out[:, :, None]), k_new, v_new
 
     ops = Ops(kernels, model.mesh)
     carry = x, cache.k_new, cache.v_new
     for segment, first, stop in zip(cache.segments, cache.edges, cache.edges[1:], strict=False):
-        carry, _ = lax.scan(partial(layer, segment, first), carry, jnp.arange(first, stop))
+        carry = lax.fori_loop(first, stop, partial(layer, segment, first), carry)
     x, k_new, v_new = carry
     step = jnp.ones_like(cache.filled) if live is None else live.astype(jnp.int32)
     cache = dataclasses.replace(
         cache,
         k_new=k_new,
         v_new=v_new,
-        used=cache.used + 1,
+        used=cache.used + step.max(),
         filled=cache.filled + step,
         position=cache.position + step,
     )

@@ -5,8 +5,7 @@ scan over layers, so a run of layers costs no copy of its weights.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,41 +16,11 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-import kernels_pallas
 from fastkv_jax.model import rope
 from fastkv_jax.model.config import LlamaConfig
 from fastkv_jax.model.platforms import Platform
-
-
-def rms_norm(x: Float[Array, "*S E"], weight: Float[Array, " E"], eps: float) -> Float[Array, "*S E"]:
-    """Root-mean-square norm, computed in float32. Source: arXiv 1910.07467, eq. 4."""
-    x32 = x.astype(jnp.float32)
-    scale = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return jnp.broadcast_to(weight, x.shape) * (x32 * scale).astype(x.dtype)
-
-
-@dataclass(frozen=True)
-class Stacked:
-    """One layer's matrix, still in the stack of all layers: for kernels that read it there."""
-
-    values: Float[Array, "L O I"]
-    index: Int[Array, ""]
-    kernels: Literal["gpu"]
-
-
-def linear(x: Float[Array, "*S I"], weight: nnx.Param, bias: nnx.Param | None = None) -> Float[Array, "*S O"]:
-    """x @ weight.T + bias; the weight is [O, I], or a `Stacked` one that the layer was picked with.
-
-    Weights keep the checkpoint's layout: a decode step streams whole rows.
-    """
-    matrix = weight.get_value()
-    if isinstance(matrix, Stacked):
-        rows = x.reshape(-1, x.shape[-1])
-        y = kernels_pallas.linear(rows, matrix.values, matrix.index, implementation=matrix.kernels)
-        y = y.reshape(*x.shape[:-1], -1)
-    else:
-        y = jnp.einsum("...i,oi->...o", x, matrix)
-    return y if bias is None else y + jnp.broadcast_to(bias[...], y.shape)
+from fastkv_jax.model.products import Stacked, gated_product, here, normed_products, plus_product
+from kernels_pallas.arithmetic import rms_norm
 
 
 class Block(nnx.Module):
@@ -84,23 +53,25 @@ class Block(nnx.Module):
 
     def qkv(self, x: Float[Array, "B T E"], cos: Float[Array, "B T D"], sin: Float[Array, "B T D"]):
         """Queries [B, H, T, D], keys and values [B, K, T, D] of one layer; queries and keys rotated."""
-        c = self.config
-        x = rms_norm(x, self.attention_norm[...], c.rms_norm_eps)
-        q, k, v = (
-            rearrange(linear(x, w, b), "b t (n d) -> b n t d", d=c.head_dim)
-            for w, b in ((self.wq, self.bq), (self.wk, self.bk), (self.wv, self.bv))
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q = rms_norm(q, self.q_norm[...], c.rms_norm_eps)
-            k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
+        q, k, v = self.unrotated(x)
         return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v
+
+    def unrotated(self, x: Float[Array, "B T E"]):
+        """The same before positions matter."""
+        c = self.config
+        matrices, biases = (self.wq, self.wk, self.wv), (self.bq, self.bk, self.bv)
+        made = normed_products(x, self.attention_norm, c.rms_norm_eps, matrices, biases)
+        q, k, v = (rearrange(a, "b t (n d) -> b n t d", d=c.head_dim) for a in made)
+        if self.q_norm is not None and self.k_norm is not None:
+            q = rms_norm(q, here(self.q_norm), c.rms_norm_eps)
+            k = rms_norm(k, here(self.k_norm), c.rms_norm_eps)
+        return q, k, v
 
     def output(self, x: Float[Array, "B T E"], attended: Float[Array, "B H T D"]) -> Float[Array, "B T E"]:
         """The residual stream after attention's projection and the MLP of one layer. Rows do not see each other."""
-        x = x + linear(rearrange(attended, "b h t d -> b t (h d)"), self.wo, self.bo)
-        y = rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps)
-        gated = jax.nn.silu(linear(y, self.w_gate)) * linear(y, self.w_up)
-        return x + linear(gated, self.w_down)
+        x = plus_product(x, rearrange(attended, "b h t d -> b t (h d)"), self.wo, self.bo)
+        gated = gated_product(x, self.mlp_norm, self.config.rms_norm_eps, self.w_gate, self.w_up)
+        return plus_product(x, gated, self.w_down)
 
 
 class Llama(nnx.Module):
@@ -140,13 +111,11 @@ class Llama(nnx.Module):
     def layer(self, index: Int[Array, ""], in_place: bool = False) -> Block:
         """Block `index` of the stack; the index may be traced.
 
-        `in_place`: its matrices stay in the stack, for a GPU's few rows; elsewhere XLA needs no such help.
+        `in_place`: its weights stay in the stack, for a GPU's few rows; elsewhere XLA needs no such help.
         """
 
         def pick(a: Array) -> Any:
-            if in_place and a.ndim == 3:
-                return Stacked(a, index, "gpu")
-            return lax.dynamic_index_in_dim(a, index, keepdims=False)
+            return Stacked(a, index, "gpu") if in_place else lax.dynamic_index_in_dim(a, index, keepdims=False)
 
         return jax.tree.map(pick, self.layers)
 

@@ -52,6 +52,22 @@ class Ops:
         run = lambda s, c: kernels_pallas.among_best(s, c, implementation=self.kernels)  # noqa: E731
         return self._by_head(run, (scores, count), (HEADS, HEADS), scores.shape[1])
 
+    def append(
+        self,
+        q: Float[Array, "B H D"],
+        k: Float[Array, "B K D"],
+        v: Float[Array, "B K D"],
+        turn: tuple[Float[Array, "B D"], Float[Array, "B D"]],
+        buffers: tuple[Float[Array, "L B K M D"], Float[Array, "L B K M D"]],
+        used: Int[Array, ""],
+        layer: Int[Array, ""],
+    ) -> tuple[Float[Array, "B H D"], Float[Array, "L B K M D"], Float[Array, "L B K M D"]]:
+        """See `kernels_pallas.append`."""
+        run = partial(kernels_pallas.append, implementation=self.kernels)
+        axes = HEADS, HEADS, HEADS, (ROWS, ROWS), (LAYERS, LAYERS), (), ()
+        made = HEADS, LAYERS, LAYERS
+        return self._by_head(run, (q, k, v, turn, buffers, used, layer), axes, k.shape[1], ((q, *buffers), made))
+
     def decode_attention(
         self,
         q: Float[Array, "B H D"],
@@ -66,8 +82,13 @@ class Ops:
         axes = (HEADS, of_layers, of_layers, ROWS, ((), ()))
         return self._by_head(run, (q, prompt, new, filled, layer), axes, prompt.k.shape[2])
 
-    def _by_head(self, run: Callable[..., Any], given: tuple[Any, ...], axes: tuple[Any, ...], heads: int) -> Any:
-        """`run` on each device's rows and heads. Plain jax.numpy needs no help from us: XLA spreads it as it likes."""
+    def _by_head(
+        self, run: Callable[..., Any], given: tuple[Any, ...], axes: tuple[Any, ...], heads: int, made: Any = None
+    ) -> Any:
+        """`run` on each device's rows and heads. Plain jax.numpy needs no help from us: XLA spreads it as it likes.
+
+        made: arrays of the results' shapes, and their axes (default: one like the first of those given)
+        """
         mesh = self.mesh
         if mesh is None or self.kernels == "reference":
             return run(*given)
@@ -76,8 +97,9 @@ class Ops:
         def place(a: Array | None, mine: tuple[str | None, ...]) -> Any:
             return None if a is None else spec(mesh, a.shape, *(mine[:-1] if every and MODEL in mine else mine))
 
-        specs = jax.tree.map(place, given, axes, is_leaf=lambda a: a is None)
-        return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*given)
+        there, back = (jax.tree.map(place, *pair, is_leaf=lambda a: a is None) for pair in
+                       ((given, axes), made or (given[0], axes[0])))  # fmt: skip
+        return jax.shard_map(run, mesh=mesh, in_specs=there, out_specs=back, check_vma=False)(*given)
 
 
 PLAIN = Ops()

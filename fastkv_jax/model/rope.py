@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fastkv_jax.model.config import Llama3Scaling, RopeConfig
+from kernels_pallas import arithmetic
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
@@ -42,7 +43,4 @@ def rotate(
     x: Float[Array, "B N T D"], cos: Float[Array, "B _ D"], sin: Float[Array, "B _ D"]
 ) -> Float[Array, "B N T D"]:
     """Rotate each pair (d, d + D/2) of `x` by its row's angle, or the one of all; in float32, returned in x's dtype."""
-    x32 = x.astype(jnp.float32)
-    first, second = jnp.split(x32, 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return (x32 * cos[:, None] + turned * sin[:, None]).astype(x.dtype)
+    return arithmetic.rotate(x, cos[:, None], sin[:, None])

@@ -1,117 +1,161 @@
-"""`decode_attention` on a GPU: flash-decoding, the slots of each cache head split over the multiprocessors.
+"""`decode_attention` on a GPU: flash-decoding in one launch, and a second one that merges what its programs found.
 
-    k, v [L, B, N, C, D]  | split 0    | split 1    |...     one program each, for the query heads that share the head
-                          |tile|tile|..|tile|tile|..|        with a running maximum and sum (online softmax)
-    out  [B, N, splits, H/N, D], log_sum_exp [B, N, splits, H/N]     merged afterwards: about 2 % of the bytes
+    prompt k, v [L, B, N, C, D]  | split 0    | split 1    |...     one program each, for the query heads that share a
+                                 |tile|tile|..|tile|tile|..|        head: a running maximum and sum (online softmax)
+    new    k, v [L, B, K, M, D]  | split 0    |...                  other programs of the same launch, K heads
+    out [B, H, P, D], log_sum_exp [B, H, P]     of all P splits, merged afterwards: about 2 % of the bytes
 
 The online softmax is Milakov & Gimelshein's (arXiv 1805.02867), its use on tiles FlashAttention's (arXiv 2205.14135).
 """
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.arithmetic import product
-from kernels_pallas.decode_attention.parts import Slots, attend_to_both
-from kernels_pallas.gpu_backend import gpu_call, triton
+from kernels_pallas.arithmetic import product, round_up
+from kernels_pallas.decode_attention.parts import Slots
+from kernels_pallas.gpu_backend import check_offsets, gpu_call, triton
 
 _DOT = 16  # tensor cores multiply no smaller matrices
 _PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
+_IN_FLIGHT = 64 << 10  # bytes of keys and values that a program has asked for: as much as any GPU's shared memory holds
+_MERGED = 64  # splits at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     rows: int  # query heads in one program, a power of two
     slots: int  # a turn of the loop, a power of two
-    splits: int
+    splits: int  # at most
+    stages: int = 2  # turns in flight
 
 
 def tiles_for(batch_heads: int, rows: int, slots: int, row_bytes: int) -> Tiles:
-    """`row_bytes`: of a key as it is multiplied, padded to a power of two.
+    """`row_bytes`: of a key as it is stored, padded to a power of two numbers.
 
     rows: up to 64 queries a program share the slots it loads.
-    slots: 16 KiB of keys and as much of values, so that two tiles in flight fit in any GPU's shared memory.
+    slots: 8 KiB of keys and as much of values, four turns in flight; few, long rows come in fewer turns.
     splits: enough programs to fill the chip, each with so many slots that its result is small beside what it reads.
     """
     rows_each = max(_DOT, min(64, pl.next_power_of_2(rows)))
     splits = min(pl.cdiv(_PROGRAMS, batch_heads * pl.cdiv(rows, rows_each)), pl.cdiv(slots, max(256, 16 * rows)))
-    return Tiles(rows_each, max(_DOT, min(128, (16 << 10) // row_bytes)), splits)
+    slots_each = max(_DOT, min(128, _IN_FLIGHT // 8 // row_bytes))
+    return Tiles(rows_each, slots_each, splits, max(2, min(4, _IN_FLIGHT // (2 * slots_each * row_bytes))))
 
 
-def decode_attention(q, prompt: Slots, new: Slots, filled, layer, *, interpret=False, tiles=None):
-    attend = functools.partial(_attend, interpret=interpret, tiles=tiles)
-    return attend_to_both(attend, q, prompt, new, filled, layer)
+class Part(NamedTuple):
+    """How the programs of a part share its slots."""
+
+    heads: int  # of the slots
+    rows: int  # query heads for each
+    blocks: int  # of rows
+    splits: int
+    share: int  # slots of a split: so that the last one is not much shorter than others
+    before: int  # splits of the parts before it
+    tiles: Tiles
+
+    def programs(self, batch: int) -> int:
+        """How many."""
+        return batch * self.heads * self.blocks * self.splits
 
 
-def _attend(q, slots: Slots, layer, used, group: int, *, interpret: bool, tiles: Tiles | None):
+def _part(q, slots: Slots, before: int, tiles: Tiles | None) -> Part:
     batch, query_heads, dim = q.shape
     heads, capacity = slots.k.shape[2:4]
     rows, lanes = query_heads // heads, max(_DOT, pl.next_power_of_2(dim))
-    tiles = tiles or tiles_for(batch * heads, rows, capacity, lanes * q.dtype.itemsize)
-    blocks = pl.cdiv(rows, tiles.rows)
+    tiles = tiles or tiles_for(batch * heads, rows, capacity, lanes * slots.k.dtype.itemsize)
+    share = round_up(pl.cdiv(capacity, tiles.splits), min(_DOT, tiles.slots))
+    return Part(heads, rows, pl.cdiv(rows, tiles.rows), pl.cdiv(capacity, share), share, before, tiles)
 
-    q = q.reshape(batch * heads, rows, dim)
-    q = jnp.pad(q, ((0, 0), (0, blocks * tiles.rows - rows), (0, lanes - dim)))
-    slots = Slots(*(None if x is None else x.reshape(-1, *x.shape[3:]) for x in slots))
+
+def decode_attention(q, prompt: Slots, new: Slots, filled, layer, *, interpret=False, tiles: Tiles | None = None):
+    batch, query_heads, dim = q.shape
+    there = [(slots, at.reshape(1)) for slots, at in zip((prompt, new), layer, strict=True) if slots.k.shape[3]]
+    parts: list[Part] = []
+    for slots, _ in there:
+        check_offsets("decode_attention", slots.k)
+        parts.append(_part(q, slots, sum(part.splits for part in parts), tiles))
+    shape = batch, query_heads, sum(part.splits for part in parts)
     out, log_sum_exp = gpu_call(
-        functools.partial(_kernel, tiles=tiles, heads=heads, group=group),
+        functools.partial(_kernel, parts=parts, group=query_heads // new.k.shape[2]),
         name="decode_attention",
-        grid=(batch * heads, blocks, tiles.splits),
-        out_shape=[
-            jax.ShapeDtypeStruct((batch * heads, tiles.splits, rows, dim), jnp.float32),
-            jax.ShapeDtypeStruct((batch * heads, tiles.splits, rows), jnp.float32),
-        ],
+        grid=(sum(part.programs(batch) for part in parts),),
+        out_shape=[jax.ShapeDtypeStruct((*shape, dim), jnp.float32), jax.ShapeDtypeStruct(shape, jnp.float32)],
+        warps=4,
+        stages=min(part.tiles.stages for part in parts),
+        interpret=interpret,
+    )(filled, q, there)
+    return gpu_call(
+        _merge,
+        name="merge",
+        grid=(batch, query_heads),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         warps=4,
         stages=2,
         interpret=interpret,
-    )(layer.reshape(1), used, q, slots)
-    out = out.swapaxes(1, 2).reshape(batch, query_heads, tiles.splits, dim)
-    return out, log_sum_exp.swapaxes(1, 2).reshape(batch, query_heads, tiles.splits)
+    )(out, log_sum_exp)
 
 
 def _kernel(
     # Inputs
-    layer_ref,  # [1]
-    used_ref,  # [B]
-    q_ref,  # [B*N, rows, D], rows and D up to whole tiles and powers of two
-    slots: Slots,  # k, v [L*B*N, C, D]; positions, heads, k_scale, v_scale [L*B*N, C] or None
+    filled_ref,  # [B]
+    q_ref,  # [B, H, D]
+    there,  # of each part: its slots, k and v [L, B, N, C, D], the others [L, B, N, C] or None; and the layer [1]
     # Outputs
-    out_ref,  # [B*N, splits, H/N, D]
-    log_sum_exp_ref,  # [B*N, splits, H/N]
+    out_ref,  # [B, H, P, D]
+    log_sum_exp_ref,  # [B, H, P]
     *,
-    tiles: Tiles,
-    heads: int,
+    parts: list[Part],
     group: int,
 ):
-    head, split = pl.program_id(0), pl.program_id(2)
-    first = pl.multiple_of(pl.program_id(1) * tiles.rows, tiles.rows)
-    used = used_ref[head // heads]
-    capacity, dim = slots.k.shape[1:]
-    row, lane = first + jnp.arange(tiles.rows), jnp.arange(q_ref.shape[2])
-    q = q_ref[head, pl.ds(first, tiles.rows), :]
-    place = layer_ref[0] * pl.num_programs(0) + head  # of the head's slots
+    program, first = pl.program_id(0), 0
+    for part, (slots, layer_ref) in zip(parts, there, strict=True):
+        mine = functools.partial(
+            _attend, program - first, filled_ref, q_ref, slots, layer_ref, out_ref, log_sum_exp_ref, part, group
+        )
+        stop = first + part.programs(q_ref.shape[0])
+        pl.when((first <= program) & (program < stop))(mine)
+        first = stop
+
+
+def _attend(program, filled_ref, q_ref, slots: Slots, layer_ref, out_ref, log_sum_exp_ref, part: Part, group: int):
+    """One split of the slots of one head, for a block of the query heads that look at it."""
+    tiles, capacity, dim = part.tiles, *slots.k.shape[3:]
+    split, rest = lax.rem(program, part.splits), lax.div(program, part.splits)
+    block, rest = lax.rem(rest, part.blocks), lax.div(rest, part.blocks)
+    head, batch = lax.rem(rest, part.heads), lax.div(rest, part.heads)
+    row = block * tiles.rows + jnp.arange(tiles.rows)  # among the query heads of this head
+    lane = jnp.arange(max(_DOT, pl.next_power_of_2(dim)))
+    place = (batch, head * part.rows + row[:, None])
+    real = (row < part.rows)[:, None] & (lane < dim)[None]
+    q = triton().load(q_ref.at[(*place, lane[None])], mask=real, other=0)
+    begin = split * part.share
+    used = filled_ref[batch] if slots.positions is None else capacity
+    end = jnp.minimum(begin + part.share, used)
 
     def turn(tile, carry):
         before, total, out = carry
-        slot = tile * tiles.slots + jnp.arange(tiles.slots)
-        inside = slot < capacity
+        slot = begin + tile * tiles.slots + jnp.arange(tiles.slots)
+        inside = slot < end
 
         def numbers(ref):
-            return triton().load(ref.at[place, slot], mask=inside, other=0)
+            return triton().load(ref.at[layer_ref[0], batch, head, slot], mask=inside, other=0)
 
         def entries(ref):
-            mask = inside[:, None] & (lane[None] < dim)
-            loaded = triton().load(ref.at[place, slot[:, None], lane[None]], mask=mask).astype(q.dtype)
+            mask = inside[:, None] & (lane < dim)[None]
+            loaded = triton().load(ref.at[layer_ref[0], batch, head, slot[:, None], lane[None]], mask=mask)
+            loaded = loaded.astype(q.dtype)
             return jnp.where(mask, loaded, jnp.zeros_like(loaded))  # not load(other=0): Triton has no float8 zero
 
         logits = product(q, entries(slots.k), 1) * dim**-0.5  # [rows, slots]
         if slots.k_scale is not None:
             logits *= numbers(slots.k_scale).astype(jnp.float32)[None]
-        there = (slot < used)[None]
+        there = inside[None]
         if slots.positions is not None:
             there &= (numbers(slots.positions) >= 0)[None]
         if slots.heads is not None:
@@ -126,13 +170,40 @@ def _kernel(
             weights *= numbers(slots.v_scale).astype(jnp.float32)[None]
         return most, total, out * fade[:, None] + product(weights.astype(q.dtype), entries(slots.v), 0)
 
-    steps = pl.cdiv(pl.cdiv(capacity, tiles.slots), tiles.splits)  # of one split
-    upper = jnp.minimum((split + 1) * steps, (used + tiles.slots - 1) // tiles.slots)
     nothing = jnp.full(tiles.rows, -jnp.inf), jnp.zeros(tiles.rows), jnp.zeros(q.shape)
-    most, total, out = lax.fori_loop(split * steps, upper, turn, nothing)
+    turns = lax.div(jnp.maximum(end - begin, 0) + tiles.slots - 1, tiles.slots)
+    most, total, out = lax.fori_loop(0, turns, turn, nothing)
     out /= jnp.where(total > 0, total, 1.0)[:, None]
-    real = row < out_ref.shape[2]
-    mask = real[:, None] & (lane[None] < dim)
-    triton().store(out_ref.at[head, split, row[:, None], lane[None]], out, mask=mask)
+    triton().store(out_ref.at[(*place, part.before + split, lane[None])], out, mask=real)
     log_sum_exp = most + jnp.log(total)  # -inf where nothing was seen
-    triton().store(log_sum_exp_ref.at[head, split, row], log_sum_exp, mask=real)
+    place = batch, head * part.rows + row, part.before + split
+    triton().store(log_sum_exp_ref.at[place], log_sum_exp, mask=row < part.rows)
+
+
+def _merge(
+    # Inputs
+    parts_ref,  # [B, H, P, D]
+    log_sum_exp_ref,  # [B, H, P]
+    # Output
+    out_ref,  # [B, H, D]
+):
+    """Each split counts by the sum of its exponentials; at least one is not empty."""
+    batch, head = pl.program_id(0), pl.program_id(1)
+    splits, dim = parts_ref.shape[2:]
+    lane, every = jnp.arange(pl.next_power_of_2(dim)), jnp.arange(pl.next_power_of_2(splits))
+
+    def sums(split) -> Any:
+        return triton().load(log_sum_exp_ref.at[batch, head, split], mask=split < splits, other=-jnp.inf)
+
+    most = sums(every).max(axis=0)
+    total = jnp.exp(sums(every) - most).sum(axis=0)
+    some = min(_MERGED, len(every))
+
+    def turn(step, out):
+        split = step * some + jnp.arange(some)
+        mask = (split < splits)[:, None] & (lane < dim)[None]
+        found = triton().load(parts_ref.at[batch, head, split[:, None], lane[None]], mask=mask, other=0)
+        return out + (found * jnp.exp(sums(split) - most)[:, None]).sum(axis=0)
+
+    out = lax.fori_loop(0, pl.cdiv(splits, some), turn, jnp.zeros(len(lane))) / total
+    triton().store(out_ref.at[batch, head, lane], out.astype(out_ref.dtype), mask=lane < dim)

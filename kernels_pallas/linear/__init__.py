@@ -1,11 +1,34 @@
-"""A few rows times one matrix of a stack: what a decode step does with the weights of each layer."""
+"""A few rows times matrices of one layer of a stack: what a decode step does with weights, in one launch a line.
 
+    projections    norm(x) times several matrices          queries, keys and values
+    gated          silu(norm(x) gate) * (norm(x) up)       the wide half of the MLP
+    linear         residual + x times a matrix             what goes back to the residual stream
+
+On a GPU XLA would copy a layer's matrix out of the stack first; the kernels read it where it is. There are none for a
+TPU, where XLA reads it in place as well.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.arithmetic import rms_norm
 from kernels_pallas.dispatch import Implementation, kernels
 from kernels_pallas.linear import reference
 
 MOST_ROWS = 64  # with more, a product is worth a library's kernel and the copy before it
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Norm:
+    """A root-mean-square norm in front of a product."""
+
+    weight: Float[Array, "L I"]
+    eps: float = field(metadata={"static": True})
 
 
 def linear(
@@ -13,17 +36,83 @@ def linear(
     weight: Float[Array, "L O I"],
     layer: Int[Array, ""],
     *,
+    bias: Float[Array, "L O"] | None = None,
+    residual: Float[Array, "B O"] | None = None,
     implementation: Implementation = "reference",
     interpret: bool = False,
 ) -> Float[Array, "B O"]:
-    """x @ weight[layer].T, summed in float32, in x's dtype.
+    """residual + x @ weight[layer].T + bias[layer], summed in float32, in x's dtype.
 
-    On a GPU XLA would copy the layer's matrix out of the stack first; the kernel reads it where it is, once for every
-    16 rows. There is no kernel for a TPU, where XLA does as well. Raises `ValueError` where the shapes or dtypes do not
-    fit.
+    Raises `ValueError` where the shapes or dtypes do not fit.
     """
-    if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[2] or x.dtype != weight.dtype:
-        raise ValueError(f"linear: {x.dtype}{list(x.shape)} times {weight.dtype}{list(weight.shape)}")
-    if implementation in ("reference", "tpu") or x.shape[0] > MOST_ROWS:
-        return reference.linear(x, weight, layer)
-    return kernels("linear", implementation).linear(x, weight, layer, interpret=interpret)
+    _check("linear", x, weight, *(a for a in (bias, residual) if a is not None))
+    if _is_reference(implementation, x):
+        return reference.linear(x, weight, layer, bias, residual)
+    run = kernels("linear", implementation).products
+    return run(x, None, (weight,), (bias,), residual, layer, interpret=interpret)[0]
+
+
+def projections(
+    x: Float[Array, "B I"],
+    norm: Norm,
+    weights: Sequence[Float[Array, "L _ I"]],
+    layer: Int[Array, ""],
+    *,
+    biases: Sequence[Float[Array, "L _"] | None] | None = None,
+    implementation: Implementation = "reference",
+    interpret: bool = False,
+) -> tuple[Float[Array, "B _"], ...]:
+    """rms_norm(x) @ weight[layer].T + bias[layer] for each of the matrices, summed in float32, in x's dtype.
+
+    Raises `ValueError` where the shapes or dtypes do not fit.
+    """
+    biases = tuple(biases or (None,) * len(weights))
+    _check("projections", x, *weights, norm.weight, *(a for a in biases if a is not None))
+    if _is_reference(implementation, x):
+        return reference.projections(x, norm, weights, layer, biases)
+    x, inside = _norm_inside(x, norm, layer)
+    run = kernels("linear", implementation).products
+    return run(x, inside, tuple(weights), biases, None, layer, interpret=interpret)
+
+
+def gated(
+    x: Float[Array, "B I"],
+    norm: Norm,
+    gate: Float[Array, "L O I"],
+    up: Float[Array, "L O I"],
+    layer: Int[Array, ""],
+    *,
+    implementation: Implementation = "reference",
+    interpret: bool = False,
+) -> Float[Array, "B O"]:
+    """silu(rms_norm(x) @ gate[layer].T) * (rms_norm(x) @ up[layer].T), summed in float32, in x's dtype.
+
+    Raises `ValueError` where the shapes or dtypes do not fit.
+    """
+    _check("gated", x, gate, up, norm.weight)
+    if _is_reference(implementation, x):
+        return reference.gated(x, norm, gate, up, layer)
+    x, inside = _norm_inside(x, norm, layer)
+    return kernels("linear", implementation).gated(x, inside, gate, up, layer, interpret=interpret)
+
+
+def _is_reference(implementation: Implementation, x: jax.Array) -> bool:
+    return implementation in ("reference", "tpu") or x.shape[0] > MOST_ROWS
+
+
+def _norm_inside(x: jax.Array, norm: Norm, layer: jax.Array) -> tuple[jax.Array, Norm | None]:
+    """The kernels multiply by the norm's weight first and by 1 / rms last: float16 could overflow between."""
+    if x.dtype != jnp.float16:
+        return x, norm
+    return rms_norm(x, reference.of_layer(norm.weight, layer), norm.eps), None
+
+
+def _check(name: str, x: jax.Array, weight: jax.Array, *others: jax.Array) -> None:
+    """Axes are checked where they meet: `others` are matrices [L, O, I], vectors [L, N] and the residual [B, O]."""
+    matrices = [weight, *(a for a in others if a.ndim == 3)]
+    wide = [m for m in matrices if m.ndim != 3 or x.ndim != 2 or m.shape[2] != x.shape[1]]
+    sizes = {x.shape[-1], *(m.shape[1] for m in matrices if m.ndim == 3)}
+    loose = [a for a in others if a.ndim == 2 and a.shape[1] not in sizes]
+    if wide or loose or any(a.dtype != x.dtype for a in (*matrices, *others)):
+        given = ", ".join(f"{a.dtype}{list(a.shape)}" for a in (*matrices, *(a for a in others if a.ndim != 3)))
+        raise ValueError(f"{name}: {x.dtype}{list(x.shape)} times {given}")

@@ -1,0 +1,22 @@
+"""The specification of `append` in plain jax.numpy."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.arithmetic import rotate
+
+
+def append(q, k, v, turn, buffers, used, layer):
+    cos, sin = (a[:, None] for a in turn)
+    written = [_write(buffer, a, used, layer) for buffer, a in zip(buffers, (rotate(k, cos, sin), v), strict=True)]
+    return rotate(q, cos, sin), *written
+
+
+def _write(buffer, entries, used, layer):
+    """Where there is no such slot, the last one gets what it holds."""
+    place, size = (layer, 0, 0, used, 0), (1, *buffer.shape[1:3], 1, buffer.shape[4])
+    entries = entries[None, :, :, None]
+    if buffer.shape[3]:
+        entries = jnp.where(used < buffer.shape[3], entries, lax.dynamic_slice(buffer, place, size))
+        return lax.dynamic_update_slice(buffer, entries, place)
+    return buffer
