@@ -6,51 +6,33 @@ call; attention kernels by the causal half of their shapes. Other kernels and el
 
 import math
 import re
-from collections.abc import Iterator
-from typing import NamedTuple
 
-_HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
-_LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+from fastkv_jax.benchmarks.hlo import Computation, Instruction, Program, parse
+
 _ATTENTION = re.compile(r"__cudnn\$fmha|splash")
-
-
-class Instruction(NamedTuple):
-    """One line of a computation."""
-
-    name: str
-    shape: tuple[int, ...]  # of the result, of a tuple its largest part's
-    kind: str
-    operands: list[str]
-    rest: str  # what follows the opening bracket
-
-
-Computation = dict[str, Instruction]
 
 
 def flops(text: str) -> float:
     """Operations of the entry computation, two for each multiplication and addition."""
-    computations, entry = _parse(text)
+    program = parse(text)
     known: dict[str, float] = {}
 
     def of(name: str) -> float:
         if name not in known:
-            known[name] = sum(_of_instruction(i, computations[name], computations, of) for i in
-                              computations[name].values())  # fmt: skip
+            among = program.computations[name]
+            known[name] = sum(_of_instruction(i, among, program, of) for i in among.values())
         return known[name]
 
-    return of(entry)
+    return of(program.entry)
 
 
-def _of_instruction(i: Instruction, among: Computation, computations: dict[str, Computation], of) -> float:
-    called = re.findall(r"(?:calls|to_apply|body)=%?([\w.\-]+)", i.rest)
+def _of_instruction(i: Instruction, among: Computation, program: Program, of) -> float:
     if i.kind == "while":
-        return _turns(i, computations) * of(called[0])
+        return program.turns(i) * of(i.called[0])
     if i.kind in ("fusion", "call", "async-start"):
-        return sum(map(of, called))
+        return sum(map(of, i.called))
     if i.kind == "conditional":
-        branches = re.findall(r"branch_computations=\{([^}]*)\}", i.rest)
-        names = re.findall(r"[\w.\-]+", branches[0]) if branches else re.findall(r"_computation=%?([\w.\-]+)", i.rest)
-        return max(map(of, names), default=0.0)
+        return max(map(of, i.branches), default=0.0)
     if i.kind == "dot":
         left = among[i.operands[0]].shape
         return 2.0 * math.prod(i.shape) * math.prod(left[d] for d in _numbers(r"lhs_contracting_dims=\{([^}]*)\}", i))
@@ -64,20 +46,6 @@ def _of_instruction(i: Instruction, among: Computation, computations: dict[str, 
         contracted = re.findall(r'"lhs_contracting_dimensions":\["(\d+)"', i.rest)
         return 2.0 * math.prod(i.shape) * math.prod(left[int(d)] for d in contracted)
     return 0.0
-
-
-def _turns(i: Instruction, computations: dict[str, Computation]) -> int:
-    """How often a loop turns: as XLA knows it, or the largest constant that its condition looks at."""
-    known = re.search(r'known_trip_count":\{"n":"(\d+)"', i.rest)
-    if known:
-        return int(known[1])
-    found: list[int] = []
-    names = re.findall(r"condition=%?([\w.\-]+)", i.rest)
-    while names:
-        for inside in computations[names.pop()].values():
-            names += re.findall(r"calls=%?([\w.\-]+)", inside.rest)
-            found += [int(inside.rest.split(")")[0])] if inside.kind == "constant" and not inside.shape else []
-    return max(found, default=1)
 
 
 def _convolution(i: Instruction, among: Computation) -> float:
@@ -105,31 +73,3 @@ def _window(key: str, i: Instruction, dimension: int) -> str | None:
 def _numbers(pattern: str, i: Instruction) -> list[int]:
     found = re.search(pattern, i.rest)
     return [int(d) for d in found[1].split(",") if d] if found else []
-
-
-def _parse(text: str) -> tuple[dict[str, Computation], str]:
-    computations: dict[str, Computation] = {}
-    entry, now = "", {}
-    for line in text.splitlines():
-        head = _HEAD.match(line)
-        if head:
-            now = computations.setdefault(head[1], {})
-            entry = head[1] if line.startswith("ENTRY") else entry
-        elif body := _LINE.match(line):
-            name, kind, operation, rest = body.groups()
-            now[name] = Instruction(name, _shape(kind), operation, list(_operands(rest)), rest)
-    return computations, entry
-
-
-def _shape(kind: str) -> tuple[int, ...]:
-    found = [tuple(int(d) for d in dims.split(",") if d) for dims in re.findall(r"\[([\d,]*)\]", kind)]
-    return max(found, key=math.prod, default=())
-
-
-def _operands(rest: str) -> Iterator[str]:
-    """Names up to the bracket that closes the first."""
-    depth, end = 1, 0
-    while end < len(rest) and depth:
-        depth += {"(": 1, ")": -1}.get(rest[end], 0)
-        end += 1
-    yield from re.findall(r"%([\w.\-]+)", rest[: end - 1])

@@ -20,13 +20,12 @@ def select(
 
     Ties go to the lowest index. +inf marks an entry that must stay, -inf one that must not.
     Needs 0 <= count <= capacity (unchecked: traced). `interpret` runs the kernels of a platform on the CPU.
-    There is no kernel for a GPU: a row of 131,072 scores is 512 KiB, more than the shared memory of a multiprocessor,
-    so that each of the 32 counting passes would go to the L2 cache, where XLA's passes find the scores as well.
+    On a GPU XLA's own kernels run, fewer of them: see `kernels_pallas.select.gpu`.
     Raises `ValueError` if capacity exceeds T.
     """
     if not 0 < capacity <= scores.shape[-1]:
         raise ValueError(f"select: capacity {capacity} is outside 1..{scores.shape[-1]}")
-    if implementation in ("reference", "gpu"):
+    if implementation == "reference":
         return reference.select(scores, count, capacity)
     return kernels("select", implementation).select(scores, count, capacity, interpret=interpret)
 
@@ -39,6 +38,6 @@ def among_best(
     interpret: bool = False,
 ) -> Bool[Array, "*S T"]:
     """Whether each score is one of the `count` largest of its row; ties go to the lowest index."""
-    if implementation in ("reference", "gpu"):
+    if implementation == "reference":
         return reference.among_best(scores, count)
     return kernels("select", implementation).among_best(scores, count, interpret=interpret)

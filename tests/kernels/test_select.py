@@ -13,17 +13,19 @@ from hypothesis.extra.numpy import arrays
 from interpreted import jit
 
 import kernels_pallas
-from kernels_pallas.select import tpu
+from kernels_pallas.select import gpu, tpu
 
 # Tiles of 1,024 scores; the tiles of a real chip are compiled in test_compile.py.
 TPU = {"interpret": True, "tiles": tpu.Tiles(rows=8)}
 IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": jax.jit(kernels_pallas.select, static_argnames=("capacity",)),
     "tpu": jit(functools.partial(tpu.select, **TPU), static_argnames=("capacity",)),
+    "gpu": jax.jit(gpu.select, static_argnames=("capacity",)),
 }
 MARKS: dict[str, Callable] = {
     "reference": jax.jit(kernels_pallas.among_best),
     "tpu": jit(functools.partial(tpu.among_best, **TPU)),
+    "gpu": jax.jit(gpu.among_best),
 }
 ROWS, TOKENS, CAPACITY = 3, 24, 16
 every_implementation = pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS))
