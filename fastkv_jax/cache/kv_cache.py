@@ -86,6 +86,11 @@ class KVCache:
                 return segment if whole else jax.tree.map(lambda a, mine=mine: a[mine], segment)
         raise IndexError(f"layers {first}..{stop - 1} are not in one of the runs {self.edges}")
 
+    def in_runs(self) -> "KVCache":
+        """The same with segments cut where a GPU's kernels would not find every entry; itself if they do."""
+        segments = tuple(run for segment in self.segments for run in segment.in_runs())
+        return self if len(segments) == len(self.segments) else self.replace(segments=segments)  # pyright: ignore
+
     def layer(self, index: int) -> LayerKV:
         """Prompt entries of layer `index`, a row for each cache head."""
         if not 0 <= index < self.num_layers:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import jax
@@ -10,8 +11,9 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from fastkv_jax.cache.select import choose
-from fastkv_jax.errors import InputError
+from fastkv_jax.errors import FastKVConfigError, InputError
 from kernels_pallas import Slots, quantize
+from kernels_pallas.gpu_backend import fits_offsets
 
 
 @struct.dataclass
@@ -109,6 +111,14 @@ class SegmentKV:
 
         return self.each(pad)
 
+    def in_runs(self) -> list["SegmentKV"]:
+        """Itself, or the fewest runs of its layers in which a GPU's kernels find every entry."""
+        layers = self.k.shape[0]
+        edges = [0, *accumulate(runs_of(layers, self.k.size // max(layers, 1), self.k.dtype.itemsize))]
+        if len(edges) == 2:
+            return [self]
+        return [jax.tree.map(lambda a, i=i, j=j: a[i:j], self) for i, j in pairwise(edges)]
+
     def by_head(self) -> "SegmentKV":
         """A flat cache as one with a row for each KV head, which costs K times the memory: for people and tests."""
         if not self.sharing:
@@ -121,6 +131,21 @@ class SegmentKV:
         k, v = (chosen.take(spread(a), 0) for a in (self.k, self.v))
         codes = chosen.take(spread(self.positions), -1)
         return SegmentKV(k, v, jnp.where(codes >= 0, codes // self.sharing, -1))
+
+
+def runs_of(layers: int, elements: int, itemsize: int) -> list[int]:
+    """How many layers go into each of the fewest runs in which a GPU's kernels find every entry.
+
+    `elements`: keys of one layer, in numbers of `itemsize` bytes. Raises `FastKVConfigError` if there is no such run.
+    """
+    for count in range(1, layers + 1):
+        sizes = [layers // count + (i < layers % count) for i in range(count)]
+        if all(fits_offsets(size * elements, itemsize) for size in sizes):
+            return sizes
+    raise FastKVConfigError(
+        f"kv_dtype of 8 bits: a layer's keys are {elements:,} numbers, and of one byte each a GPU's kernels find them "
+        f"up to 2^31 and beyond 2^32 only; use a smaller batch, or entries in the model's own numbers"
+    )
 
 
 def joined(segments: Sequence[SegmentKV]) -> SegmentKV:

@@ -1,6 +1,8 @@
-"""Compile prefill and a decode step for accelerators that need not be there, tensor-parallel over the target's chips.
+"""Compile prefill and the decode loop for accelerators that need not be there, tensor-parallel over the target's chips.
 
-Prints one JSON line, last on stdout: memory, kernels, and the operations that the compiled loops make.
+Prints one JSON line, last on stdout: memory, kernels, the operations that the compiled loops make, and for a GPU what
+its host does: kernels it starts, copies of a mebibyte or more, and how often it waits for an answer. Numbers of the
+decode loop are of one step.
 TPU targets need libtpu (jax[tpu]), GPU targets the CUDA plugin (jax[cuda13]).
 
   aot_compile.py --target v5e-8 --model llama-3.1-8b --tokens 32768 --method fastkv
@@ -15,7 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from fastkv_jax.benchmarks import hlo_flops, shapes
+from fastkv_jax.benchmarks import hlo_flops, hlo_launches, shapes
 from fastkv_jax.cli.flags import common
 from fastkv_jax.errors import BackendError, FastKVConfigError
 
@@ -78,6 +80,10 @@ def _run(options: argparse.Namespace) -> int:
             )
             work = f"{part['compiled_flops'] / 1e12:.4g} TFLOP"
             print(f"{name:<8} {part['compile_s']:.1f} s, {sizes}, {work}, {part['kernels']}")
+            if "launches" in part:
+                layer, copies, trips = (part[key] for key in ("launches_a_layer", "large_copies", "host_trips"))
+                print(f"{'':<8} {part['launches']:,.1f} launches, {layer} in a turn of the inner loop, "
+                      f"{copies:g} copies of 1 MiB or more, {trips:g} host trips")  # fmt: skip
     print(json.dumps(found))
     return common.OK
 
@@ -91,7 +97,7 @@ def compile_for(options: argparse.Namespace) -> dict[str, Any]:
 
     from fastkv_jax import costs
     from fastkv_jax.checkpoint.assemble import abstract_model
-    from fastkv_jax.decoding.step import decode
+    from fastkv_jax.decoding.loop import CHUNK, lower_decode
     from fastkv_jax.model import sharding
     from fastkv_jax.prefilling.layers import Static
     from fastkv_jax.prefilling.passes import run_stages
@@ -122,14 +128,13 @@ def compile_for(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {name: getattr(options, name) for name in ("target", "model", "tokens", "method")}
     with described(options.target):
         lowered = prefill.lower(model, prompt)
-    found |= _compiled(lowered) | {"flops": costs.prefill_flops(config, method, options.tokens)}
+    found |= _compiled(lowered, platform == "gpu") | {"flops": costs.prefill_flops(config, method, options.tokens)}
     cache = jax.tree.map(heads, jax.eval_shape(prefill, model, prompt).cache)
-    step = jax.jit(lambda model, token, cache: decode(model, token, cache, kernels=kernels), donate_argnums=2)
     slots = [segment.k.shape[0] * segment.k.shape[2] * segment.k.shape[3] for segment in cache.segments]
     flops = costs.decode_flops(config, sum(slots) * config.num_heads // config.num_kv_heads)
     with described(options.target):
-        lowered = step.lower(model, ints(1), cache)
-    found["decode"] = _compiled(lowered) | {"flops": flops}
+        lowered = lower_decode(model, cache, kernels, lambda a: on(a, PartitionSpec()))
+    found["decode"] = _compiled(lowered, platform == "gpu", CHUNK) | {"flops": flops}
     return found
 
 
@@ -143,20 +148,30 @@ def described(target: str) -> contextlib.AbstractContextManager[object]:
     return use_abstract_mesh(AbstractMesh((1,), ("model",), (AxisType.Auto,), abstract_device=chip))
 
 
-def _compiled(lowered: Any) -> dict[str, Any]:
+def _compiled(lowered: Any, on_gpu: bool, steps: int = 1) -> dict[str, Any]:
+    """What the compiler makes of a program that takes so many steps; numbers of work are of one."""
     began = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - began
     text, memory = compiled.as_text(), compiled.memory_analysis()
     own = re.findall(r'%([a-z_]+)[.\d]* = [^\n]*custom_call_target="tpu_custom_call"', text)
     other = re.findall(r'custom_call_target="([^"]*(?:triton|mosaic|cudnn)[^"]*)"', text)
-    return {
+    found = {
         "compile_s": round(seconds, 2),
         "hbm_bytes_args": memory.argument_size_in_bytes,
         "hbm_bytes_temp": memory.temp_size_in_bytes,
         "kernels": sorted(set(own) | set(other)),
-        "compiled_flops": hlo_flops.flops(text),
+        "compiled_flops": hlo_flops.flops(text) / steps,
         "sorts": len(re.findall(r"[ =]sort\(", text)),
+    }
+    if not on_gpu:
+        return found
+    host = hlo_launches.launches(text)
+    return found | {
+        "launches": host.kernels / steps,
+        "launches_a_layer": host.inner,
+        "large_copies": host.large_copies / steps,
+        "host_trips": host.host_trips / steps,
     }
 
 
@@ -166,9 +181,9 @@ def _devices(target: str) -> Sequence[Any]:
     from jax.experimental import topologies
 
     jax.config.update("jax_enable_compilation_cache", False)  # the time is the point
+    os.environ.update(TPU_ENVIRONMENT)  # for a GPU too: a libtpu that is there must not look for chips
     try:
         if target in TPU_TARGETS:
-            os.environ.update(TPU_ENVIRONMENT)
             jax.config.update("jax_platforms", "cpu")
             return topologies.get_topology_desc(topology_name=TPU_TARGETS[target], platform="tpu").devices
         os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"

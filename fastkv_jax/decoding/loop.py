@@ -3,7 +3,7 @@
 prefill -> first token -> [decode, sample] x CHUNK -> tokens to the host -> [decode, sample] x CHUNK -> ...
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Unpack
 
@@ -136,6 +136,8 @@ def decode_chunks(
         raise InputError(f"max_new_tokens={max_new_tokens} > {prompt.cache.max_new_tokens}, the room in the cache")
     stops = _stops(model, stop_tokens)
     options, loop = _options(model, sampler, stops, kernels), None
+    if options["kernels"] == "gpu":
+        prompt = prompt.replace(cache=prompt.cache.in_runs())  # pyright: ignore
     if max_new_tokens > 0:
         loop = _first_token(prompt, _key(sampler, key), sampler=sampler, stop_tokens=stops)
     return Decoding(model, prompt, loop, max_new_tokens, options)
@@ -153,7 +155,20 @@ def compile_decode(
     stops = _stops(model, stop_tokens)
     loop = _first_token(prompt, jax.random.key(0), sampler=sampler, stop_tokens=stops)
     options = _options(model, sampler, stops, kernels)
-    return _decode_chunk.lower(model, prompt.cache.segments, loop, 1, **options).compile()
+    cache = prompt.cache.in_runs() if options["kernels"] == "gpu" else prompt.cache
+    return _decode_chunk.lower(model, cache.segments, loop, 1, **options).compile()
+
+
+def lower_decode(
+    model: Llama, cache: KVCache, kernels: Kernels, on: Callable[[Any], jax.ShapeDtypeStruct]
+) -> jax.stages.Lowered:
+    """The decode loop for a model and a cache of shapes; `on` says where another shape's array would live."""
+    vector = lambda dtype: on(jax.ShapeDtypeStruct(cache.filled.shape, dtype))  # noqa: E731
+    number = lambda dtype: on(jax.ShapeDtypeStruct((), dtype))  # noqa: E731
+    key = on(jax.eval_shape(lambda: jax.random.key(0)))
+    at: Any = vector(jnp.int32), vector(jnp.bool_), number(jnp.bool_), number(jnp.int32), key, _changing(cache)
+    options = {"sampler": Greedy(), "stop_tokens": model.config.stop_tokens, "pad_token": 0, "kernels": kernels}
+    return _decode_chunk.lower(model, cache.segments, _Loop(*at), number(jnp.int32), **options)
 
 
 def _options(model: Llama, sampler: Sampler, stops: tuple[int, ...], kernels: Kernels | None) -> dict[str, Any]:

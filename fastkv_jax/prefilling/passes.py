@@ -11,6 +11,7 @@ Whoever drives a pass says which layers come next: `Whole` as the plan has it, `
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from jaxtyping import Array, Int
 
 from fastkv_jax.buckets import TILE
 from fastkv_jax.cache.kv_cache import KVCache
-from fastkv_jax.cache.segment import SegmentKV, joined
+from fastkv_jax.cache.segment import SegmentKV, joined, runs_of
 from fastkv_jax.methods.base import Method
 from fastkv_jax.methods.plan import Stage, static_plan
 from fastkv_jax.model.llama import Llama
@@ -99,18 +100,29 @@ class Pass:
             self.segments = [] if stage.restarts else self.segments
         self.kept = self.call(budget, stage.kept, self.budgets, self.rows_in)
 
+    def in_runs(self, layers: range) -> list[range]:
+        """These layers, cut where a GPU's kernels would not find every entry that they leave."""
+        if self.static.kernels != "gpu" or self.static.kv_dtype is None:
+            return [layers]
+        _, (one,) = jax.eval_shape(lambda: self._run(call, layers[:1]))
+        sizes = [len(layers)] if one is None else runs_of(len(layers), one.k.size, one.k.dtype.itemsize)
+        return [layers[i:j] for i, j in pairwise([0, *accumulate(sizes)])]
+
     def layers(self, layers: Sequence[int]) -> None:
         """Run these layers of the stage, and keep their entries."""
-        index = np.asarray(layers)
-        kept = self.kept if len(self.kept) == 1 else self.kept[index - self.stage.first]
-        self.at, (entries,) = self.call(
-            run_layers, self.model, self.at, (Own(kept, self.budgets.window),), index, _past_of(self.past, layers),
-            readers=(self.reader,), renumbered=self.stage.renumbered, static=self.static,
-        )  # fmt: skip
+        self.at, (entries,) = self._run(self.call, layers)
         self.segments += [] if entries is None else [entries]
         if self.report is not None:
             jax.block_until_ready(self.at.x)
             self.report(len(layers))
+
+    def _run(self, call: Callable[..., Any], layers: Sequence[int]) -> Any:
+        index = np.asarray(layers)
+        kept = self.kept if len(self.kept) == 1 else self.kept[index - self.stage.first]
+        return call(
+            run_layers, self.model, self.at, (Own(kept, self.budgets.window),), index, _past_of(self.past, layers),
+            readers=(self.reader,), renumbered=self.stage.renumbered, static=self.static,
+        )  # fmt: skip
 
     def branch(self) -> "Pass":
         """Another pass that goes on from here."""
@@ -186,7 +198,8 @@ def run_stages(
     for stage in stages_of(model, prompt, static):
         on.enter(stage)
         for layers in layer_groups(stage, past, group):
-            on.layers(layers)
+            for run in on.in_runs(layers):
+                on.layers(run)
     return on.finish()
 
 

@@ -8,8 +8,8 @@ from kernels_pallas.arithmetic import rotate
 
 def append(q, k, v, turn, buffers, used, layer):
     cos, sin = (a[:, None] for a in turn)
-    written = [_write(buffer, a, used, layer) for buffer, a in zip(buffers, (rotate(k, cos, sin), v), strict=True)]
-    return rotate(q, cos, sin), *written
+    k_new = _write(buffers[0], rotate(k, cos, sin), used, layer)
+    return rotate(q, cos, sin), k_new, _write(buffers[1], v, used, layer)
 
 
 def _write(buffer, entries, used, layer):
