@@ -17,7 +17,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from fastkv_jax.benchmarks import hlo_flops, hlo_launches, shapes
+from fastkv_jax.benchmarks import shapes
+from fastkv_jax.benchmarks.compiled import flops, launches
 from fastkv_jax.cli.flags import common
 from fastkv_jax.errors import BackendError, FastKVConfigError
 
@@ -131,10 +132,10 @@ def compile_for(options: argparse.Namespace) -> dict[str, Any]:
     found |= _compiled(lowered, platform == "gpu") | {"flops": costs.prefill_flops(config, method, options.tokens)}
     cache = jax.tree.map(heads, jax.eval_shape(prefill, model, prompt).cache)
     slots = [segment.k.shape[0] * segment.k.shape[2] * segment.k.shape[3] for segment in cache.segments]
-    flops = costs.decode_flops(config, sum(slots) * config.num_heads // config.num_kv_heads)
+    operations = costs.decode_flops(config, sum(slots) * config.num_heads // config.num_kv_heads)
     with described(options.target):
         lowered = lower_decode(model, cache, kernels, lambda a: on(a, PartitionSpec()))
-    found["decode"] = _compiled(lowered, platform == "gpu", CHUNK) | {"flops": flops}
+    found["decode"] = _compiled(lowered, platform == "gpu", CHUNK) | {"flops": operations}
     return found
 
 
@@ -161,12 +162,12 @@ def _compiled(lowered: Any, on_gpu: bool, steps: int = 1) -> dict[str, Any]:
         "hbm_bytes_args": memory.argument_size_in_bytes,
         "hbm_bytes_temp": memory.temp_size_in_bytes,
         "kernels": sorted(set(own) | set(other)),
-        "compiled_flops": hlo_flops.flops(text) / steps,
+        "compiled_flops": flops.flops(text) / steps,
         "sorts": len(re.findall(r"[ =]sort\(", text)),
     }
     if not on_gpu:
         return found
-    host = hlo_launches.launches(text)
+    host = launches.launches(text)
     return found | {
         "launches": host.kernels / steps,
         "launches_a_layer": host.inner,

@@ -64,8 +64,9 @@ def _first_token(prompt: Prefill, key, *, sampler: Sampler, stop_tokens: tuple[i
 def _decode_chunk(model, segments, loop: _Loop, limit, *, sampler, stop_tokens, pad_token, kernels: Kernels):
     """Up to CHUNK steps of decode and sample, and their tokens [CHUNK, B].
 
-    A step after the end of all rows or of the limit changes nothing. A GPU takes all the same, so that the number of
-    turns is known when it is compiled: otherwise the host would ask after each one, and a branch copies the buffers.
+    A step after the end of all rows or of the limit changes nothing that counts: its entry goes where the next one
+    will, or nowhere. A GPU takes it all the same, so that the number of turns is known when it is compiled: otherwise
+    the host would ask after each one, and a branch would copy the buffers.
     """
 
     def ended(loop: _Loop) -> Bool[Array, ""]:
@@ -160,15 +161,18 @@ def compile_decode(
 
 
 def lower_decode(
-    model: Llama, cache: KVCache, kernels: Kernels, on: Callable[[Any], jax.ShapeDtypeStruct]
+    model: Llama, cache: KVCache, kernels: Kernels, on: Callable[[Any], Any], **where: Any
 ) -> jax.stages.Lowered:
-    """The decode loop for a model and a cache of shapes; `on` says where another shape's array would live."""
+    """The decode loop for a model and a cache of shapes; `on` says where another shape's array would live.
+
+    `where`: what `jax.stages.Traced.lower` takes, for platforms that are not there.
+    """
     vector = lambda dtype: on(jax.ShapeDtypeStruct(cache.filled.shape, dtype))  # noqa: E731
     number = lambda dtype: on(jax.ShapeDtypeStruct((), dtype))  # noqa: E731
     key = on(jax.eval_shape(lambda: jax.random.key(0)))
     at: Any = vector(jnp.int32), vector(jnp.bool_), number(jnp.bool_), number(jnp.int32), key, _changing(cache)
     options = {"sampler": Greedy(), "stop_tokens": model.config.stop_tokens, "pad_token": 0, "kernels": kernels}
-    return _decode_chunk.lower(model, cache.segments, _Loop(*at), number(jnp.int32), **options)
+    return _decode_chunk.trace(model, cache.segments, _Loop(*at), number(jnp.int32), **options).lower(**where)
 
 
 def _options(model: Llama, sampler: Sampler, stops: tuple[int, ...], kernels: Kernels | None) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def decode(
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """One step without checks, jit or donation, to be a part of a larger program.
 
-    Rows that are not `live` have ended: what they are fed does not count. Without a live row nothing changes.
+    Rows that are not `live` have ended: what they are fed does not count, and without a live row no slot is used up.
     """
     x = model.embed(token[:, None])
     turn = rope.angles(model.config.rope, model.config.head_dim, cache.position)

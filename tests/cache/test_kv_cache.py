@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from fastkv_jax.cache.kv_cache import KVCache
-from fastkv_jax.cache.segment import SegmentKV
-from fastkv_jax.errors import InputError
+from fastkv_jax.cache.segment import SegmentKV, runs_of
+from fastkv_jax.errors import FastKVConfigError, InputError
+from kernels_pallas import gpu_backend
 
 B, K, D, M = 2, 2, 4, 3
 
@@ -148,3 +149,43 @@ def test_entries_of_8_bits_are_near_and_travel_with_their_scales(dtype):
     wide = small.widened(6).dequantized(jnp.float32)
     np.testing.assert_array_equal(wide.k[..., -4:, :], near.k)
     assert (np.asarray(wide.positions[..., :2]) == -1).all() and whole.dequantized(jnp.float32) is whole
+
+
+@pytest.mark.parametrize(
+    ("layers", "elements", "runs"),
+    [
+        (32, 1 << 26, [32]),  # 2^31 together: 32 bits are enough
+        (32, (1 << 26) + 1, [16, 16]),
+        (32, 1 << 27, [16, 16]),  # 131,072 tokens of Llama-3.1-8B
+        (32, (1 << 27) + 1, [32]),  # beyond 2^32 there are 64 bits
+        (5, 3 << 28, [2, 2, 1]),  # of two runs one would be too large
+        (2, 5 << 29, [2]),  # 2.5 * 2^30 alone would be too large, 5 * 2^30 is large enough
+        (1, 1 << 31, [1]),
+    ],
+)
+def test_runs_are_the_fewest_in_which_every_entry_is_found(layers: int, elements: int, runs: list[int]):
+    assert runs_of(layers, elements, 1) == runs
+    assert runs_of(layers, elements, 2) == [layers]
+
+
+def test_a_layer_that_no_run_helps_is_refused():
+    with pytest.raises(FastKVConfigError, match=r"a layer's keys are 3,221,225,472 numbers.* a smaller batch"):
+        runs_of(1, 3 << 30, 1)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """32 bits that are eight: arrays of one-byte numbers between 128 and 256 are not found."""
+    monkeypatch.setattr(gpu_backend, "_NARROW_ELEMENTS", 1 << 7)
+    monkeypatch.setattr(gpu_backend, "_NARROW_BYTES", 1 << 8)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_only_segments_of_8_bits_are_cut_and_every_layer_stays_the_same(cache):
+    assert cache.in_runs() is cache
+    small = cache.replace(segments=tuple(segment.quantized("int8") for segment in cache.segments))
+    cut = small.in_runs()  # 2 * 112 and 3 * 64 numbers
+    assert [segment.k.shape[0] for segment in cut.segments] == [1, 1, 2, 1]
+    for index in range(5):
+        for mine, other in zip(cut.layer(index), small.layer(index), strict=True):
+            np.testing.assert_array_equal(mine, other)

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas
 
 import fastkv_jax as fk
 from examples import (
     EXAMPLES,
+    GOLDEN,
     IN_ORACLE,
     LENGTHS,
     METHODS,
@@ -27,7 +29,9 @@ from examples import (
 from examples import weights_a as oracle_model
 from fastkv_jax.decoding.loop import decode_chunks
 from fastkv_jax.methods.base import Method
+from kernels_pallas import gpu_backend
 from oracle import oracle_generate
+from tolerances import CACHE
 
 FASTKV = METHODS[1]
 in_the_oracle = pytest.mark.parametrize("method", IN_ORACLE, ids=["full", "fastkv-0", "fastkv-1", "fastkv-2"])
@@ -144,3 +148,80 @@ def test_its_cache_goes_with_the_tokens_that_have_been_shown():
         np.testing.assert_array_equal(decoding.cache.filled, made - 1)
         np.testing.assert_array_equal(decoding.cache.position, np.array(LENGTHS) + made - 1)
     assert made == NEW and next(decoding, None) is None
+
+
+# On a GPU: its kernels, interpreted; and its loop, whose turns are all taken.
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The GPU's kernels run on this CPU."""
+    call = pallas.pallas_call
+    monkeypatch.setattr(
+        gpu_backend.pl, "pallas_call", lambda kernel, **choice: call(kernel, **choice | {"interpret": True})
+    )
+
+
+ROWS = fk.pad_batch([PROMPTS[3] % 96, PROMPTS[2] % 96], 128)  # 80 and 9 tokens
+
+
+def decoded_on_a_gpu(model, method: Method, new: int, stop_tokens=(), **options):
+    """Tokens [B, new], zeros behind a row's end, and the cache that is left."""
+    prompt = fk.prefill(model, *ROWS, method=method, max_new_tokens=new, **options)
+    decoding = decode_chunks(model, prompt, max_new_tokens=new, stop_tokens=stop_tokens, kernels="gpu")
+    made = np.concatenate([chunk for chunk, _ in decoding], axis=1)
+    return np.pad(made, ((0, 0), (0, new - made.shape[1]))), decoding.cache
+
+
+GPU_CASES = {
+    "full": (fk.FullKV(), {}),
+    "fastkv, 8 bits": (FASTKV, {"kv_dtype": "int8"}),
+    "flat, 8 bits": (EXAMPLES["adakv"][0], {"kv_dtype": "float8_e4m3fn"}),
+    "a cache for each query head": (EXAMPLES["snapkv"][1], {}),
+}
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(("method", "options"), GPU_CASES.values(), ids=list(GPU_CASES))
+def test_a_gpu_makes_the_same_tokens(method: Method, options: dict):
+    """11 tokens: one from the prompt, eight of a call, two of another, whose six other turns do not count."""
+    made, cache = decoded_on_a_gpu(model_a(), method, 11, **options)
+    theirs = fk.generate(model_a(), *ROWS, method=method, max_new_tokens=11, stop_tokens=(), **options)
+    np.testing.assert_array_equal(made, theirs.tokens)
+    np.testing.assert_array_equal(cache.filled, 10)
+    np.testing.assert_array_equal(cache.position, theirs.cache.position)
+    assert int(cache.used) == 10
+    for mine, other in ((cache.k_new, theirs.cache.k_new), (cache.v_new, theirs.cache.v_new)):
+        np.testing.assert_allclose(mine[..., :10, :], other[..., :10, :], rtol=0, atol=CACHE)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_rows_end_at_their_stop_tokens_there_as_well():
+    free = fk.generate(model_a(), *ROWS, method=FASTKV, max_new_tokens=NEW, stop_tokens=())
+    stop = [int(free.tokens[0, 2]), int(free.tokens[1, 4])]
+    made, cache = decoded_on_a_gpu(model_a(), FASTKV, NEW, stop)
+    theirs = fk.generate(model_a(), *ROWS, method=FASTKV, max_new_tokens=NEW, stop_tokens=stop)
+    assert int(theirs.lengths.max()) < NEW
+    np.testing.assert_array_equal(made, theirs.tokens)
+    np.testing.assert_array_equal(cache.filled + 1, theirs.lengths)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("folder", ["qwen2", "qwen3"])
+def test_biases_and_norms_of_heads_are_applied_there(folder: str):
+    model = fk.load_model(GOLDEN / "transformers" / folder, dtype="float32")
+    made, _ = decoded_on_a_gpu(model, fk.FullKV(), 4)
+    theirs = fk.generate(model, *ROWS, method=fk.FullKV(), max_new_tokens=4, stop_tokens=())
+    np.testing.assert_array_equal(made, theirs.tokens)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_cache_that_is_cut_into_runs_is_the_same_cache(monkeypatch):
+    """As if 32 bits were few: the 8-bit entries of two of four layers are as many as are found."""
+    whole, cache = decoded_on_a_gpu(model_a(), fk.FullKV(), 5, kv_dtype="int8")
+    each = cache.segments[0].k[0].size
+    monkeypatch.setattr(gpu_backend, "_NARROW_ELEMENTS", 2 * each)
+    monkeypatch.setattr(gpu_backend, "_NARROW_BYTES", 4 * each)
+    cut, cache = decoded_on_a_gpu(model_a(), fk.FullKV(), 5, kv_dtype="int8")
+    assert [segment.k.shape[0] for segment in cache.segments] == [2, 2]
+    np.testing.assert_array_equal(cut, whole)

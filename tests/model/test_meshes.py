@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 import fastkv_jax as fk
 from examples import BUCKET, EXAMPLES, GOLDEN, MODEL_A, NEW, PROMPTS, arrays, filled_by_head, layers, model_a
-from fastkv_jax.benchmarks.hlo_flops import flops
+from fastkv_jax.benchmarks.compiled.flops import flops
 from fastkv_jax.cache.kv_cache import KVCache
 from fastkv_jax.decoding.loop import compile_decode
 from fastkv_jax.model.llama import Llama

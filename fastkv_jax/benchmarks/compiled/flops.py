@@ -7,7 +7,7 @@ call; attention kernels by the causal half of their shapes. Other kernels and el
 import math
 import re
 
-from fastkv_jax.benchmarks.hlo import Computation, Instruction, Program, parse
+from fastkv_jax.benchmarks.compiled.program import Computation, Instruction, Program, parse
 
 _ATTENTION = re.compile(r"__cudnn\$fmha|splash")
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from fastkv_jax.benchmarks.hlo_flops import flops
+from fastkv_jax.benchmarks.compiled.flops import flops
 
 
 def count(run, *shapes) -> float:

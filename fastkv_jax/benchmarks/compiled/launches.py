@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from fastkv_jax.benchmarks.hlo import Instruction, Program, parse
+from fastkv_jax.benchmarks.compiled.program import Instruction, Program, parse
 
 # Names for what is there already, and what only orders others. Whoever calls computations counts by what they hold.
 _FREE = {

@@ -1,0 +1,1 @@
+"""What XLA has made of a program, read in its own text."""
