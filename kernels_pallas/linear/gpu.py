@@ -32,16 +32,18 @@ class Tiles:
 
 
 def tiles_for(batch: int, outs: Sequence[int], matrices: int, itemsize: int) -> Tiles:
-    """512 bytes of each row a turn: 8 KiB of a matrix, as much of x, four turns in flight, two or three programs on a
-    multiprocessor: 8 MiB on the whole chip, more than its latency hides.
+    """Up to 16 rows: 512 bytes of 16 rows of a matrix, and of x, a turn, four turns in flight, two or three programs on
+    a multiprocessor: 8 MiB on the whole chip, more than its latency hides. `matrices` that one program reads side by
+    side take the place of a turn; with only one program for each multiprocessor more are in flight.
 
-    `matrices` that one program reads side by side take a stage's place; where there is only one program for each
-    multiprocessor it has more in flight. With many rows, tiles are twice as high, as every program reads all of x.
+    With more rows tiles are twice as high, as every program reads all of x, and half as wide. What is in flight fits in
+    any GPU's shared memory.
     """
     rows = max(_DOT, min(64, pl.next_power_of_2(batch)))
-    out = _DOT if rows == _DOT else 2 * _DOT
+    out, width = (_DOT, 512) if rows == _DOT else (2 * _DOT, 256)
     alone = sum(pl.cdiv(size, out) for size in outs) <= _MULTIPROCESSORS
-    return Tiles(rows, out, max(_DOT, 512 // itemsize), 5 - matrices + 2 * alone if rows == _DOT else 3)
+    stages = ((96 if alone else 72) << 10) // ((rows + matrices * out) * width)
+    return Tiles(rows, out, max(_DOT, width // itemsize), max(2, min(6, stages)))
 
 
 def products(x, norm, weights, biases, residual, layer, *, interpret=False, tiles: Tiles | None = None):
