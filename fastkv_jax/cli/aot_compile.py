@@ -53,6 +53,8 @@ def parser() -> common.Parser:
     parser.add_argument("--method", default="fastkv", help="default: fastkv, with the paper's settings")
     parser.add_argument("--kernels", choices=("reference", "tpu", "gpu"), help="default: the target's")
     parser.add_argument("--kv-dtype", choices=("int8", "float8_e4m3fn"), help="default: bfloat16")
+    parser.add_argument("--only", choices=("prefill", "decode"), help="one of the two programs (default: both); decode "
+                        "for a GPU needs no cuDNN: jax-cuda13-plugin and nvidia-cuda-nvcc are enough")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="the JSON line alone")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.set_defaults(quiet=False)
@@ -74,7 +76,7 @@ def _run(options: argparse.Namespace) -> int:
         raise FastKVConfigError("method 'asl' decides on the host: it is several programs, not one")
     found = compile_for(options)
     if not options.json:
-        for name in ("prefill", "decode"):
+        for name in (options.only,) if options.only else ("prefill", "decode"):
             part = found if name == "prefill" else found["decode"]
             sizes = (
                 f"{part['hbm_bytes_args'] / 1e9:.2f} GB arguments, {part['hbm_bytes_temp'] / 1e9:.2f} GB temporaries"
@@ -127,10 +129,15 @@ def compile_for(options: argparse.Namespace) -> dict[str, Any]:
     static = Static(method, NEW_TOKENS, 64, platform, kernels, options.kv_dtype)
     prefill = jax.jit(lambda model, prompt: run_stages(model, prompt, None, static))
     found: dict[str, Any] = {name: getattr(options, name) for name in ("target", "model", "tokens", "method")}
-    with described(options.target):
-        lowered = prefill.lower(model, prompt)
-    found |= _compiled(lowered, platform == "gpu") | {"flops": costs.prefill_flops(config, method, options.tokens)}
-    cache = jax.tree.map(heads, jax.eval_shape(prefill, model, prompt).cache)
+    if options.only != "decode":
+        with described(options.target):
+            lowered = prefill.lower(model, prompt)
+        found |= _compiled(lowered, platform == "gpu") | {"flops": costs.prefill_flops(config, method, options.tokens)}
+    if options.only == "prefill":
+        return found
+    anywhere = static._replace(platform="cpu")  # shapes are the same, and need no library that attention does
+    left = jax.eval_shape(lambda model, prompt: run_stages(model, prompt, None, anywhere), model, prompt)
+    cache = jax.tree.map(heads, left.cache)
     slots = [segment.k.shape[0] * segment.k.shape[2] * segment.k.shape[3] for segment in cache.segments]
     operations = costs.decode_flops(config, sum(slots) * config.num_heads // config.num_kv_heads)
     with described(options.target):
