@@ -117,8 +117,8 @@ from kernels_pallas import linear
 
 chip = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 shapes = ((1, 256), jnp.bfloat16), ((2, 128, 256), jnp.bfloat16), ((), jnp.int32)
-traced = jax.jit(lambda *a: linear(*a, implementation="gpu")).trace(*(jax.ShapeDtypeStruct(*s) for s in shapes))
 with use_abstract_mesh(AbstractMesh((1,), ("gpu",), (AxisType.Auto,), abstract_device=chip)):
+    traced = jax.jit(lambda *a: linear(*a, implementation="gpu")).trace(*(jax.ShapeDtypeStruct(*s) for s in shapes))
     assert "xla.gpu.triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
 """
 
