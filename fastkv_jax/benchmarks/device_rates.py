@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LEAST_S = 0.1  # that the turns take which are measured: far above a clock's and a dispatch's noise
-NEVER = 12_345  # the first number of no result
+NEVER = -128  # the first number of no result
 FEW, FEWEST_MORE = 2, 4  # turns: of what is subtracted, and at least beyond it
 SIZES = {"cpu": (1 << 26, 2048)}  # numbers that are copied, and the side of the product
 LARGE = (1 << 29, 8192)  # on the other platforms
@@ -46,23 +46,32 @@ def yardsticks(platform: str) -> tuple[Case, Case]:
 def program(case: Case, turns: int) -> Callable[..., Any]:
     """The operation so many times in one program, each turn after the one before.
 
-    A turn hands on a single number of its result. A barrier ties the next one's arguments to it, so that no compiler may
-    take a turn out of the loop, while all stay where they are: nothing is copied or written but by the operation. The
-    number of turns is known to the compiler, so that the host has no say in them either.
+    A barrier ties a turn's arguments to the last result, so that no compiler may take it out of the loop, while all
+    stay where they are: nothing is copied or written but by the operation, and that in whole, as the result is handed
+    on. The number of turns is known to the compiler, so that the host has no say in them either.
     """
     import jax
     import jax.numpy as jnp
     from jax import lax
 
-    def again(turn, before, args):
-        before, args = lax.optimization_barrier((before, args))
-        if jax.default_backend() == "cpu":  # whose compiler removes barriers before it hoists; it fuses a sum
-            first, *rest = args
-            args = first + (before == NEVER).astype(first.dtype), *rest
-        out = jax.tree.leaves(lax.optimization_barrier(case.run(turn, *args)))[0]
-        return out[(0,) * out.ndim].astype("float32")
+    barriers_hold = jax.default_backend() != "cpu"  # whose compiler removes them before it hoists; it fuses a sum
 
-    return jax.jit(lambda *args: lax.fori_loop(0, turns, lambda i, before: again(i, before, args), jnp.float32(0)))
+    def result(turn, *args):
+        return jax.tree.leaves(case.run(turn, *args))[0]
+
+    def again(turn, before, args):
+        (first, last), (changed, *rest) = lax.optimization_barrier((before, args))
+        if not barriers_hold:
+            changed += (first == jnp.asarray(NEVER, first.dtype)).astype(changed.dtype)
+        out = result(turn, changed, *rest)
+        return first if barriers_hold else out[(0,) * out.ndim], out
+
+    def repeated(*args):
+        like = jax.eval_shape(result, jnp.int32(0), *args)
+        nothing = jnp.zeros((), like.dtype), jnp.zeros(like.shape, like.dtype)
+        return lax.fori_loop(0, turns, lambda turn, before: again(turn, before, args), nothing)[1]
+
+    return jax.jit(repeated)
 
 
 def timer(case: Case) -> Callable[[], None]:
