@@ -112,3 +112,10 @@ def test_without_pytorch_it_says_so_at_once(monkeypatch, capsys):
         against_transformers.check_torch()
     assert benchmark.main([*WORDS, "--model", str(MODEL_A)]) == 2
     assert capsys.readouterr().err == "error: --peer transformers needs PyTorch: pip install torch\n"
+
+
+def test_random_weights_are_its_own(tmp_path):
+    prompts = {3: np.array([[1, 2, 3]], np.int32)}
+    against_transformers.hand_over(tmp_path, model_a(), prompts, weights=False, new_tokens=16, repeats=2, quiet=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["job.json", "prompts.npz"]
+    assert against_transformers.apart(tmp_path) is None
