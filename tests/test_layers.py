@@ -120,7 +120,7 @@ def test_no_module_is_named_like_a_public_function():
 
 def test_pytorch_is_imported_only_to_be_timed_against_and_only_when_asked_for():
     users = {name for name in FILES if any(module.partition(".")[0] == "torch" for module in imports(name))}
-    assert users <= {"fastkv_jax.benchmarks.against_transformers"}
+    assert users <= {"fastkv_jax.benchmarks.torch_peer"}
     for name in users:
         top = ast.parse(FILES[name].read_text()).body
         assert not any("torch" in ast.unparse(node) for node in top if isinstance(node, ast.Import | ast.ImportFrom))

@@ -1,5 +1,11 @@
-"""Each kernel in the shape of a layer of Llama-3.1-8B: 32 query heads, 8 KV heads, head size 128."""
+"""Each kernel in the shape of a layer of Llama-3.1-8B: 32 query heads, 8 KV heads, head size 128.
 
+Where an operation takes a stack of layers and the number of one, layers take turns, as in a decode step: no cache holds
+them all. Keys are laid out as the product has them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -10,62 +16,102 @@ from fastkv_jax.benchmarks.device_rates import Case, yardsticks
 from fastkv_jax.model.attention import attention
 from kernels_pallas import Slots
 
-HEADS, KV_HEADS, DIM, WINDOW = 32, 8, 128, 8
+HEADS, KV_HEADS, DIM, WINDOW, NEW = 32, 8, 128, 8, 128
+MATRICES = ((4096, 4096), (1024, 4096), (14_336, 4096), (4096, 14_336))  # wq and wo, wk and wv, gate and up, down
+STACK = {"cpu": 1 << 27}  # bytes that layers in turn have at least: several times what a cache holds
+LARGE_STACK = 1 << 29  # on the other platforms
 
 
 def cases(platform: Any, kernels: Any, tokens: list[int], slots: list[int], rows: int) -> list[Case]:
     """The two yardsticks, copy and product, then the operations."""
-    dtype = jnp.dtype("float32" if platform == "cpu" else "bfloat16")
-    small = platform == "cpu"
-    keys = iter(jax.random.split(jax.random.key(0), 1000))
-    normal = lambda *shape: jax.random.normal(next(keys), shape, dtype)  # noqa: E731
+    made = _Cases(platform, kernels, rows)
     found = [*yardsticks(platform)]
-    zeros = lambda n: jnp.zeros(n, jnp.int32)  # noqa: E731
     for t in tokens:
-        q, k = normal(1, HEADS, WINDOW, DIM), normal(1, KV_HEADS, t, DIM)
-
-        def scores(q, k, t=t):
-            return kernels_pallas.window_scores(
-                q, k, zeros(1), zeros(1) + t, kernel_size=7, pooling="avg",
-                implementation=kernels,
-            )  # fmt: skip
-
-        moved = k.nbytes + q.nbytes + 4 * KV_HEADS * t
-        found.append(Case("window_scores", f"K {KV_HEADS}, T {t:,}", scores, (q, k), moved, 4 * q.size * t))
-        capacity = -(-t // 10 // 128) * 128
-
-        def select(scores, capacity=capacity, t=t):
-            count = jnp.full((1, KV_HEADS), t // 10, jnp.int32)
-            return kernels_pallas.select(scores, count, capacity, implementation=kernels)
-
-        given = jax.random.uniform(next(keys), (1, KV_HEADS, t))
-        moved = given.nbytes + 4 * KV_HEADS * capacity
-        found.append(Case("select", f"K {KV_HEADS}, T {t:,}, C {capacity:,}", select, (given,), moved, 0))
+        found += [made.window_scores(t), made.select(t)]
     for c in slots:
-        for kind in (dtype.name, "int8", "float8_e4m3fn"):
-            k, v = normal(rows, KV_HEADS, c, DIM), normal(rows, KV_HEADS, c, DIM)
-            scales: tuple[Any, ...] = ()
-            if kind != dtype.name:
-                (k, k_scale), (v, v_scale) = kernels_pallas.quantize(k, kind), kernels_pallas.quantize(v, kind)
-                scales = (k_scale, v_scale)
-            q, new = normal(rows, HEADS, DIM), normal(rows, KV_HEADS, 128, DIM)
-            positions = jnp.broadcast_to(jnp.arange(c), (rows, KV_HEADS, c))
+        found += [made.decode_attention(c, kind) for kind in (made.dtype.name, "int8", "float8_e4m3fn")]
+    found += [made.linear(out, inner) for out, inner in MATRICES]
+    return [*found, made.prefill_attention(min(4096 if platform == "cpu" else 32_768, max(tokens)))]
 
-            def decode(q, k, v, positions, new, *scales):
-                filled = jnp.full(q.shape[0], 64, jnp.int32)
-                prompt = Slots(k, v, positions, None, *scales)
-                return kernels_pallas.decode_attention(q, prompt, Slots(new, new), filled, implementation=kernels)
 
-            args = (q, k, v, positions, new, *scales)
-            moved = sum(a.nbytes for a in (k, v, positions, *scales)) + new.nbytes
-            shape = f"B·K {rows * KV_HEADS}, C {c:,}, {kind}"
-            found.append(Case("decode_attention", shape, decode, args, moved, 4 * rows * HEADS * c * DIM))
-    t = min(4096 if small else 32_768, max(tokens))
-    q, k, v = normal(1, HEADS, t, DIM), normal(1, KV_HEADS, t, DIM), normal(1, KV_HEADS, t, DIM)
+@dataclass
+class _Cases:
+    platform: Any
+    kernels: Any
+    rows: int
+    keys: Iterator[Any] = field(default_factory=lambda: iter(jax.random.split(jax.random.key(0), 1000)))
 
-    def whole(q, k, v):
-        return attention(q, k, v, zeros(1), platform=platform)
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype("float32" if self.platform == "cpu" else "bfloat16")
 
-    moved = 2 * (q.nbytes + k.nbytes)
-    found.append(Case("prefill attention", f"H {HEADS}, T {t:,}", whole, (q, k, v), moved, 2 * HEADS * DIM * t * t))
-    return found
+    def normal(self, *shape: int) -> Any:
+        return jax.random.normal(next(self.keys), shape, self.dtype)
+
+    def stack(self, *layer: Any) -> tuple[int, Any]:
+        """How many layers, at least two, and the arrays of one, so many times over."""
+        layers = max(2, -(-STACK.get(self.platform, LARGE_STACK) // sum(a.nbytes for a in layer)))
+        return layers, tuple(jnp.repeat(a[None], layers, axis=0) for a in layer)
+
+    def window_scores(self, t: int) -> Case:
+        """On a GPU keys lie as its attention has them, tokens first, and must be read twice (docs/kernels.md)."""
+        tokens_first = self.kernels == "gpu"
+        sweeps = 2 if tokens_first else 1
+        q = self.normal(1, HEADS, WINDOW, DIM)
+        k = self.normal(1, t, KV_HEADS, DIM) if tokens_first else self.normal(1, KV_HEADS, t, DIM)
+
+        def run(_, q, k):
+            k, start = k.swapaxes(1, 2) if tokens_first else k, jnp.zeros(1, jnp.int32)
+            options: Any = {"kernel_size": 7, "pooling": "avg", "implementation": self.kernels}
+            return kernels_pallas.window_scores(q, k, start, start + t, **options)
+
+        moved = sweeps * k.nbytes + q.nbytes + 4 * KV_HEADS * t
+        return Case("window_scores", f"K {KV_HEADS}, T {t:,}", run, (q, k), moved, sweeps * 2 * q.size * t)
+
+    def select(self, t: int) -> Case:
+        capacity = -(-t // 10 // 128) * 128
+        count, scores = jnp.full((1, KV_HEADS), t // 10), jax.random.uniform(next(self.keys), (1, KV_HEADS, t))
+
+        def run(_, count, scores):
+            return kernels_pallas.select(scores, count, capacity, implementation=self.kernels)
+
+        moved = scores.nbytes + 4 * KV_HEADS * capacity
+        return Case("select", f"K {KV_HEADS}, T {t:,}, C {capacity:,}", run, (count, scores), moved, 0)
+
+    def decode_attention(self, c: int, kind: str) -> Case:
+        k, v = (self.normal(self.rows, KV_HEADS, c, DIM) for _ in range(2))
+        positions, scales = jnp.broadcast_to(jnp.arange(c), (self.rows, KV_HEADS, c)), ()
+        if kind != self.dtype.name:
+            (k, k_scale), (v, v_scale) = kernels_pallas.quantize(k, kind), kernels_pallas.quantize(v, kind)
+            scales = k_scale, v_scale
+        q, new = self.normal(self.rows, HEADS, DIM), self.normal(self.rows, KV_HEADS, NEW, DIM)
+        moved = sum(a.nbytes for a in (k, v, positions, *scales)) + new.nbytes
+        layers, stacked = self.stack(k, v, positions, new, *scales)
+
+        def run(turn, q, k, v, positions, new, *scales):
+            filled, layer = jnp.full(q.shape[0], NEW // 2), turn % layers
+            prompt, new = Slots(k, v, positions, None, *scales), Slots(new, new)
+            both = layer, layer
+            return kernels_pallas.decode_attention(q, prompt, new, filled, both, implementation=self.kernels)
+
+        shape = f"B·K {self.rows * KV_HEADS}, C {c:,}, {kind}"
+        return Case("decode_attention", shape, run, (q, *stacked), moved, 4 * q.size * c)
+
+    def linear(self, out: int, inner: int) -> Case:
+        x, weight = self.normal(self.rows, inner), self.normal(out, inner) / jnp.asarray(inner**0.5, self.dtype)
+        layers, stacked = self.stack(weight)
+
+        def run(turn, x, weight):
+            return kernels_pallas.linear(x, weight, turn % layers, implementation=self.kernels)
+
+        flops = 2 * self.rows * weight.size
+        return Case("linear", f"B {self.rows}, {out:,} x {inner:,}", run, (x, *stacked), weight.nbytes, flops)
+
+    def prefill_attention(self, t: int) -> Case:
+        q, k, v = self.normal(1, HEADS, t, DIM), self.normal(1, KV_HEADS, t, DIM), self.normal(1, KV_HEADS, t, DIM)
+
+        def run(_, q, k, v):
+            return attention(q, k, v, jnp.zeros(1, jnp.int32), platform=self.platform)
+
+        moved = 2 * (q.nbytes + k.nbytes)
+        return Case("prefill attention", f"H {HEADS}, T {t:,}", run, (q, k, v), moved, 2 * HEADS * DIM * t * t)

@@ -31,6 +31,8 @@ def as_markdown(found: dict[str, Any]) -> str:
     if "product_flops_per_s" in found:
         product, copy = found["product_flops_per_s"] / 1e12, found["copy_bytes_per_s"] / 1e9
         head += f": a matrix product makes {product:,.3g} TFLOP/s, a copy moves {copy:,.1f} GB/s"
+    if "peer" in found:
+        head += f"; {found['peer']}"
     lines = [
         head,
         "",

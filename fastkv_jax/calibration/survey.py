@@ -14,8 +14,8 @@ from fastkv_jax.methods import FastKV, FullKV
 from fastkv_jax.methods.plan import effective_budgets
 from fastkv_jax.model.llama import Llama
 from fastkv_jax.model.ops import Ops
-from fastkv_jax.model.platforms import Kernels
-from fastkv_jax.prefilling.layers import Progress, observe, turns
+from fastkv_jax.model.platforms import in_full_precision
+from fastkv_jax.prefilling.layers import Progress, Static, observe, turns
 
 
 class Survey(NamedTuple):
@@ -42,9 +42,7 @@ def survey(run: Run, sample: Sample, methods: tuple[FastKV, ...]) -> Survey:
     answer[: stop - first] = on.prompt.tokens.shape[1] - n + np.arange(first, stop)
     passed, heads = [], []
     for i in range(num_layers):
-        rows, entries = _look(
-            model, on.at, np.int32(i), tokens, kept, answer, methods=methods, kernels=on.static.kernels
-        )
+        rows, entries = _look(model, on.at, np.int32(i), tokens, kept, answer, methods=methods, static=on.static)
         passed.append(np.asarray(rows)[:, -n:])
         heads.append(np.asarray(entries)[..., : stop - first])
         on.layers([i])
@@ -61,13 +59,14 @@ def survey(run: Run, sample: Sample, methods: tuple[FastKV, ...]) -> Survey:
     return Survey(hidden, is_right(run, result, sample), propagated, mean, best, _agreement(passed, fixed))
 
 
-@partial(jax.jit, static_argnames=("methods", "kernels"))
+@partial(jax.jit, static_argnames=("methods", "static"))
+@in_full_precision
 def _look(
-    model: Llama, at: Progress, index, tokens, kept, answer, *, methods: tuple[FastKV, ...], kernels: Kernels
+    model: Llama, at: Progress, index, tokens, kept, answer, *, methods: tuple[FastKV, ...], static: Static
 ) -> tuple[Bool[Array, "M S"], Bool[Array, "M K A"]]:
     """What each method (budgets tokens, kept [M]) would choose of the rows that enter a layer, as it would itself:
     rows that go on, and which of the columns `answer` [A] each KV head keeps."""
-    ops = Ops(kernels, model.mesh)
+    ops = Ops(static.kernels, model.mesh)
     layer = observe(model, index, at.x, at.rows, turns(model, at.rows.positions), ops)
     rows, heads = [], []
     for method, rows_out, entries in zip(methods, tokens, kept, strict=True):

@@ -141,7 +141,8 @@ def load_model(
 
     Args:
         source: a Hugging Face or Orbax folder, a .gguf file, a Hub id, or a known name such as "smollm2-135m"
-        dtype: of weights and activations (default: "bfloat16")
+        dtype: of weights and activations; a GPU multiplies float32 as such, without its tensor cores and cuDNN's
+            attention (default: "bfloat16")
         mesh: devices to spread the weights over (default: None, the first one)
         check_weights: look for NaN and infinity (default: False)
         progress: draw a bar on stderr (default: False)

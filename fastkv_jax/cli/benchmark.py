@@ -1,7 +1,8 @@
 """Time prefill, decode and both together: methods against full context, and against transformers on PyTorch.
 
-Runs are interleaved (one of each, then again) and medians compared, so that a slow minute hits all alike. Ratios are
-what to read: seconds belong to one machine on one day. The limit beside a ratio is what the arithmetic allows: its
+Runs are interleaved (one of each, then again) and medians compared, so that a slow minute hits all alike; only
+transformers runs afterwards, in a process of its own that has the device alone. Ratios are what to read: seconds belong
+to one machine on one day. The limit beside a ratio is what the arithmetic allows: its
 operations for prefill, its bytes for decode. What the device can do is measured in the same run, with a matrix product
 and a copy.
 
@@ -14,16 +15,19 @@ and a copy.
 
 import argparse
 import json
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastkv_jax.benchmarks import shapes
-from fastkv_jax.benchmarks.timing import TRANSFORMERS, Timing
 from fastkv_jax.cli.flags import common, settings
-from fastkv_jax.errors import FastKVConfigError
+from fastkv_jax.errors import BackendError, FastKVConfigError
 from fastkv_jax.methods import presets
 
 
@@ -44,12 +48,13 @@ def parser() -> common.Parser:
     )
     group.add_argument("--methods", nargs="+", metavar="METHOD", help="with the preset's settings and those given, "
                        "beside full context (default: the one of --method)")  # fmt: skip
-    group.add_argument("--peer", choices=(TRANSFORMERS,), help="also time transformers' full context (PyTorch, the "
-                       "same weights and dtype, sdpa)")  # fmt: skip
+    group.add_argument("--peer", choices=("transformers",), help="also time transformers' full context (PyTorch, the "
+                       "same weights, but random ones are its own; the same dtype, sdpa)")  # fmt: skip
     group.add_argument("--no-rates", action="store_true", help="do not measure what the device can do; the table has "
                        "no shares of it then")  # fmt: skip
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    group.add_argument("--hand-over", metavar="FOLDER", help=argparse.SUPPRESS)  # ours, for a peer that comes after
     group.add_argument("--output", metavar="FOLDER", help="also write speed.json, speed.md and speed.png there")
     group.add_argument("--profile", metavar="FOLDER", help="write one more run of each as a trace that Perfetto and "
                        "TensorBoard show")  # fmt: skip
@@ -69,10 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fastkv_jax.cli import benchmark_command
 
         return benchmark_command.main(words[1:])
-    return common.run(_run, parser().parse(words))
+    options = parser().parse(words)
+    if options.peer and options.hand_over is None:
+        return common.run(partial(_with_peer, words), options)
+    return common.run(_run, options)
 
 
-def _run(options: argparse.Namespace) -> int:
+def _check(options: argparse.Namespace) -> None:
     for name, least in (("tokens", 1), ("batch", 1), ("new_tokens", 16), ("repeats", 1)):
         given = getattr(options, name)
         value = min(given) if isinstance(given, list) else given
@@ -85,6 +93,34 @@ def _run(options: argparse.Namespace) -> int:
         from fastkv_jax.evals.records import folder
 
         folder.writable(options.output)
+
+
+def _with_peer(words: list[str], options: argparse.Namespace) -> int:
+    """Ours in one process, transformers in the next: while one has the device, the other does not live."""
+    from fastkv_jax.benchmarks import against_transformers as peer
+    from fastkv_jax.cli.asking.report import Reporter
+
+    _check(options)
+    peer.check_torch()
+    say = Reporter(quiet=options.quiet)
+    with tempfile.TemporaryDirectory() as scratch:
+        ours = [sys.executable, "-m", "fastkv_jax", "benchmark", *words, "--hand-over", scratch]
+        done = subprocess.run(ours, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            return done.returncode  # it has said why
+        theirs = peer.wait_for_peer(Path(scratch))
+        apart = peer.apart(Path(scratch))
+    if apart is not None:  # a race between programs that disagree would mean nothing
+        say.line("check", f"last-token logits differ by at most {apart:.1e}")
+    _show(options, peer.with_rows(json.loads(done.stdout.splitlines()[-1]), theirs))
+    for row in theirs:
+        if "error" in row:
+            raise BackendError(f"--peer transformers, {row['tokens']:,} tokens: {row['error']}")
+    return common.OK
+
+
+def _run(options: argparse.Namespace) -> int:
+    _check(options)
     platform = common.choose_platform(options)
     common.use_compile_cache(options)
     _benchmark(options, platform, common.dtype_for(options, platform))
@@ -94,9 +130,9 @@ def _run(options: argparse.Namespace) -> int:
 def _benchmark(options: argparse.Namespace, platform: str, dtype: str) -> None:
     import jax
 
-    from fastkv_jax.benchmarks import speed_report
+    from fastkv_jax.benchmarks import against_transformers as peer
     from fastkv_jax.benchmarks.device_rates import rates, timer, yardsticks
-    from fastkv_jax.benchmarks.race import Series, costs_of, race, timed
+    from fastkv_jax.benchmarks.race import Series, Timing, costs_of, race, timed
     from fastkv_jax.benchmarks.scoring_time import scorer
     from fastkv_jax.cli.asking.report import Reporter
     from fastkv_jax.methods import FullKV, Method
@@ -105,30 +141,32 @@ def _benchmark(options: argparse.Namespace, platform: str, dtype: str) -> None:
     say = Reporter(quiet=options.quiet)
     say.header(platform, dtype)
     name, model, prompts = _model(options, dtype)
+    say.attention(platform, dtype, model.config.head_dim)
     methods: dict[str, Method] = {"full": FullKV()}
-    for given in options.methods or [options.method]:
-        options.method = given
+    for asked in options.methods or [options.method]:
+        options.method = asked
         preset, method = settings.method(options, name, model.config.num_layers)
-        if given != "full":
-            say.line("preset", preset.describe(given, method))
-            methods[given] = method
+        if asked != "full":
+            say.line("preset", preset.describe(asked, method))
+            methods[asked] = method
     yard = () if options.no_rates else yardsticks(platform)
     measures = [timer(case) for case in yard]
-    competitor = _competitor(model) if options.peer else None
+    given = {tokens: prompts(tokens) for tokens in options.tokens}
+    if options.hand_over is not None:
+        peer.hand_over(Path(options.hand_over), model, given, weights=not options.random_weights,
+                       new_tokens=options.new_tokens, repeats=options.repeats, quiet=options.quiet)  # fmt: skip
+    logits: dict[int, np.ndarray] = {}  # of full context, for each length
     series: list[tuple[Series, Series]] = []  # with full context of the same length
-    for tokens in options.tokens:
-        tokens_of = prompts(tokens)
+    for tokens, tokens_of in given.items():
         runs: dict[str, Callable[[], Timing]] = {
-            known: lambda method=method, given=tokens_of: timed(model, given, method, options.new_tokens)
+            known: lambda method=method, tokens_of=tokens_of: timed(model, tokens_of, method, options.new_tokens)
             for known, method in methods.items()
         }
-        if competitor is not None:
-            runs[TRANSFORMERS] = lambda given=tokens_of: competitor.time(given, options.new_tokens)
         costs = {known: costs_of(model, method, tokens, options.batch) for known, method in methods.items()}
-        mine = {known: Series(known, tokens, *costs.get(known, costs["full"])) for known in runs}
+        mine = {known: Series(known, tokens, *costs[known]) for known in runs}
         scorers = {known: scorer(model, method, tokens_of) for known, method in methods.items()
                    if not isinstance(method, FullKV | Adaptive)}  # fmt: skip
-        race(runs, mine, scorers, measures, options.repeats, say.line)
+        logits[tokens] = race(runs, mine, scorers, measures, options.repeats, say.line)["full"]
         series += [(entry, mine["full"]) for entry in mine.values()]
         if options.profile is not None:
             with jax.profiler.trace(options.profile, create_perfetto_trace=True):
@@ -143,6 +181,16 @@ def _benchmark(options: argparse.Namespace, platform: str, dtype: str) -> None:
         "settings": {known: presets.settings(method) for known, method in methods.items()},
         "rows": [entry.row(full, device) for entry, full in series],
     }  # fmt: skip
+    if options.hand_over is None:
+        _show(options, found)
+    else:
+        peer.leave_logits(Path(options.hand_over), logits)
+        print(json.dumps(found))
+
+
+def _show(options: argparse.Namespace, found: dict[str, Any]) -> None:
+    from fastkv_jax.benchmarks import speed_report
+
     print(json.dumps(found) if options.json else speed_report.as_markdown(found))
     if options.output is not None:
         speed_report.write(found, options.output)
@@ -184,9 +232,3 @@ def _random(config, dtype: str):
     from fastkv_jax.model.llama import Llama
 
     return jax.block_until_ready(jax.jit(lambda: Llama(config, nnx.Rngs(0), parse_dtype(dtype)))())
-
-
-def _competitor(model) -> Any:
-    from fastkv_jax.benchmarks.against_transformers import Competitor
-
-    return Competitor(model)

@@ -160,6 +160,7 @@ def _calibrate(options: argparse.Namespace, rows: list[dict[str, Any]], platform
     rendering.check(tokenizer)
     samples = make_samples(tokenizer, rows, rendering)
     say.header(platform, dtype)
+    say.attention(platform, dtype, config.head_dim)
     tokens = [len(sample.token_ids) for sample in samples]
     say.line("samples", f"{len(samples)}, {min(tokens):,} to {max(tokens):,} tokens; "
              f"{sum(s.span is not None for s in samples)} hold their answer")  # fmt: skip

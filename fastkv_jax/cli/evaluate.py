@@ -121,6 +121,7 @@ def _evaluate(
     say.header(platform, dtype)
     found = checkpoint.resolve(options.model, tokenizer=options.tokenizer, progress=not options.quiet)
     config = checkpoint.inspect(found)
+    say.attention(platform, dtype, config.head_dim)
     limit = options.max_tokens or config.max_position_embeddings
     if not 1 <= limit <= config.max_position_embeddings:
         raise FastKVConfigError(f"max_tokens must be in 1 ... {config.max_position_embeddings:,}, got {limit}")

@@ -126,6 +126,7 @@ def _generate(options: argparse.Namespace, requests: list[prompts.Request], plat
     dtype = common.dtype_for(options, platform)
     asked = _understood(options, requests)
     say.header(platform, dtype)  # nothing is said before all checks are passed: an error is one line
+    say.attention(platform, dtype, asked.config.head_dim)
     if asked.saved is None:
         say.line("preset", asked.preset.describe(options.method, asked.method))
         say.line("prompt", "through the chat template" if asked.chat else "raw, without a chat template")

@@ -1,6 +1,7 @@
 """Causal attention over right-aligned rows, by explicit platform: blocked (CPU), cuDNN (GPU), splash (TPU).
 
 Not a kernel of ours: the two accelerators' own flash attention, and for the CPU a form that never holds the T x T map.
+That form also reads what cuDNN has no attention for, float32 above all.
 """
 
 from functools import partial
@@ -12,7 +13,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from fastkv_jax.model.platforms import Platform
+from fastkv_jax.model.platforms import Platform, cudnn_attends, full_precision
 from fastkv_jax.model.sharding import DATA, MODEL, SEQUENCE, spec
 
 _QUERY_BLOCK, _KEY_BLOCK = 256, 512  # 768 x 512 logits of a group of three stay in a core's cache (CPU)
@@ -33,8 +34,19 @@ def attention(
 
     With a mesh each device runs its rows, its heads, and its share of the queries against all keys.
     """
-    if mesh is None:
-        return _LOCAL[platform](q, k, v, start)
+    with full_precision(platform, q.dtype):
+        return _local(platform, q, k, v, start) if mesh is None else _spread(platform, mesh, q, k, v, start)
+
+
+def _local(platform: Platform, q, k, v, start):
+    if platform == "tpu":
+        return _splash(q, k, v, start)
+    if platform == "gpu" and cudnn_attends(q.dtype, q.shape[3]):
+        return _cudnn(q, k, v, start)
+    return _blocked(q, k, v, start)
+
+
+def _spread(platform: Platform, mesh: Mesh, q, k, v, start):
     queries = spec(mesh, q.shape, DATA, MODEL, SEQUENCE)
     entries = spec(mesh, k.shape, DATA, MODEL)
     shards = mesh.shape[SEQUENCE] if SEQUENCE in queries else 1
@@ -43,7 +55,7 @@ def attention(
 
     def local(q, k, v, start):
         if shards == 1:
-            return _LOCAL[platform](q, k, v, start)
+            return _local(platform, q, k, v, start)
         share = lax.axis_index(SEQUENCE)
         if platform == "tpu":
             turns = [partial(_splash, shard=i) for i in range(shards)]
@@ -163,17 +175,34 @@ def attention_after(
 
 
 def _cudnn(q, k, v, start):
-    """cuDNN's flash attention. It masks padding only on the right, so rows are rolled to the left and back."""
+    """cuDNN's flash attention. It masks padding only on the right, so rows move to the left and back.
+
+    Zeros follow them there, and come before them back here: neither what stands in the padding nor what cuDNN leaves in
+    rows behind the lengths, which it need not write, meets a real row, where 0 x NaN would stay.
+    """
     tokens = q.shape[2]
-    columns = jnp.arange(tokens)[None]
-    to_left = (columns + start[:, None]) % tokens
-    to_right = (columns - start[:, None]) % tokens
-    q, k, v = (jnp.take_along_axis(x.swapaxes(1, 2), to_left[..., None, None], axis=1) for x in (q, k, v))
     lengths = (tokens - start).astype(jnp.int32)
+    q, k, v = (_shifted(x, (0, tokens), start).swapaxes(1, 2) for x in (q, k, v))
     out = jax.nn.dot_product_attention(
         q, k, v, is_causal=True, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
     )
-    return jnp.take_along_axis(out, to_right[..., None, None], axis=1).swapaxes(1, 2)
+    return _shifted(out.swapaxes(1, 2), (tokens, 0), lengths)
+
+
+def _shifted(x: Float[Array, "B N T D"], pad: tuple[int, int], first: Int[Array, " B"]) -> Float[Array, "B N T D"]:
+    """T rows from `first` on, of rows with so many of zeros before and behind them.
+
+    One row of a batch is a slice, which XLA copies and fuses with what made it, where a gather looks up the place of
+    each number. Rows and their numbers are one axis here: XLA would else hand the layout that cuDNN likes on to the
+    cache, and turn over all of it at the end.
+    """
+    *heads, tokens, dim = x.shape
+    flat = jnp.pad(x.reshape(*heads, -1), ((0, 0), (0, 0), (pad[0] * dim, pad[1] * dim)))
+    if len(first) == 1:
+        flat = lax.dynamic_slice_in_dim(flat, first[0] * dim, tokens * dim, axis=2)
+    else:
+        flat = jax.vmap(lambda x, first: lax.dynamic_slice_in_dim(x, first * dim, tokens * dim, axis=1))(flat, first)
+    return flat.reshape(x.shape)
 
 
 def _causal(shape: tuple[int, int], first: int):
@@ -218,6 +247,3 @@ def _splash(q, k, v, start, shard: int = 0):
 
     out = jnp.asarray(jax.vmap(one_row)(q, k, v, prompt))
     return out[:, :, pad_rows:, :dim].astype(v.dtype)
-
-
-_LOCAL = {"cpu": _blocked, "gpu": _cudnn, "tpu": _splash}

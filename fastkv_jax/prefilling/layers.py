@@ -20,7 +20,7 @@ from fastkv_jax.model.attention import attention, attention_after
 from fastkv_jax.model.blockwise import by_blocks
 from fastkv_jax.model.llama import Llama
 from fastkv_jax.model.ops import Ops
-from fastkv_jax.model.platforms import Kernels, Platform
+from fastkv_jax.model.platforms import Kernels, Platform, in_full_precision
 from fastkv_jax.model.sharding import DATA, MODEL, SEQUENCE, parts_of, split
 from fastkv_jax.prefilling.prompt import Prompt
 
@@ -166,6 +166,7 @@ def observe(model: Llama, index, x: Float[Array, "B S E"], rows: Rows, turn: Tur
 
 
 @partial(jax.jit, static_argnames=("readers", "renumbered", "static"))
+@in_full_precision
 def run_layers(
     model: Llama,
     at: Progress,
@@ -269,6 +270,7 @@ def keep(layer: Layer, scores: Float[Array, "B N S"], reader: Reader) -> Segment
 
 
 @partial(jax.jit, static_argnames=("static",))
+@in_full_precision
 def leave(model: Llama, x, segments: tuple[SegmentKV, ...], past, length, propagated, *, static: Static) -> Prefill:
     """Logits of the last row, and the cache with an empty buffer for decoded tokens."""
     position = length if past is None else past.position + length

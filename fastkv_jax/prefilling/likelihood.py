@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from fastkv_jax.cache.kv_cache import KVCache
 from fastkv_jax.methods.full import FullKV
 from fastkv_jax.model.llama import Llama
-from fastkv_jax.model.platforms import Platform
+from fastkv_jax.model.platforms import Platform, in_full_precision
 from fastkv_jax.prefilling.doors import prepare
 from fastkv_jax.prefilling.layers import Static
 from fastkv_jax.prefilling.passes import Pass, layer_groups, stages_of
@@ -33,6 +33,7 @@ def next_token_scores(
 
 
 @partial(jax.jit, static_argnames=("static",))
+@in_full_precision
 def _scores(model: Llama, prompt: Prompt, past: KVCache, *, static: Static):
     on = Pass(model, prompt, past, static)
     for stage in stages_of(model, prompt, static):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fastkv_jax.benchmarks import device_rates, processes
+from fastkv_jax.benchmarks import device_rates, kernel_cases, processes
 from fastkv_jax.cli import benchmark
 from fastkv_jax.errors import BackendError
 
@@ -15,6 +15,8 @@ KERNELS = ["kernels", "--platform", "cpu", "--quiet", "--no-compile-cache", "--r
 def small_yardsticks(monkeypatch):
     monkeypatch.setattr(device_rates, "LEAST_S", 1e-3)
     monkeypatch.setitem(device_rates.SIZES, "cpu", (1 << 20, 256))
+    monkeypatch.setitem(kernel_cases.STACK, "cpu", 1)
+    monkeypatch.setattr(kernel_cases, "MATRICES", ((48, 64),))
 
 
 def test_every_kernel_is_set_against_the_copy_and_the_product(capsys):
@@ -22,11 +24,12 @@ def test_every_kernel_is_set_against_the_copy_and_the_product(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["copy_bytes_per_s"] != 0 and found["product_flops_per_s"] != 0 and found["kernels"] == "reference"
     assert [row["op"] for row in found["rows"]] == ["window_scores", "select", *["decode_attention"] * 3,
-                                                    "prefill attention"]  # fmt: skip
-    scores, select, decode, small, *_ = found["rows"]
+                                                    "linear", "prefill attention"]  # fmt: skip
+    scores, select, decode, small, _, linear, _ = found["rows"]
     assert scores["bytes"] == 4 * (8 * 256 * 128 + 32 * 8 * 128 + 8 * 256) and scores["target"] == 0.85
-    assert scores["flops"] == 2 * 2 * 32 * 8 * 128 * 256 and select["target"] is None
+    assert scores["flops"] == 2 * 32 * 8 * 128 * 256 and select["target"] is None
     assert decode["target"] == 0.75 and small["bytes"] < 0.6 * decode["bytes"]
+    assert linear["bytes"] == 4 * 48 * 64 and linear["flops"] == 2 * 48 * 64 and linear["target"] == 0.75
 
 
 def test_a_table_without_json(capsys):

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import subprocess
 import sys
 
 import jax
@@ -126,3 +127,22 @@ def test_without_triton_the_way_out_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
     with pytest.raises(NotImplementedError, match="use implementation='reference'"):
         gpu_backend.triton()
+
+
+STRICT = """
+import jax, jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from kernels_pallas import linear
+
+chip = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+shapes = ((1, 256), jnp.bfloat16), ((2, 128, 256), jnp.bfloat16), ((), jnp.int32)
+with use_abstract_mesh(AbstractMesh((1,), ("gpu",), (AxisType.Auto,), abstract_device=chip)):
+    traced = jax.jit(lambda *a: linear(*a, implementation="gpu")).trace(*(jax.ShapeDtypeStruct(*s) for s in shapes))
+    assert "xla.gpu.triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+"""
+
+
+def test_kernels_are_lowered_where_every_warning_is_an_error():
+    """From jax 0.11 on it announces at each lowering that Triton will go; a user can do nothing about that."""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", STRICT], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]

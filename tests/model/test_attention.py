@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+import fastkv_jax.model.attention
 from fastkv_jax.model.attention import _causal, attention
+from fastkv_jax.model.platforms import cudnn_attends
 from tolerances import ATTENTION, ATTENTION_BF16
 
 run = jax.jit(partial(attention, platform="cpu"), static_argnames=("mesh",))
@@ -94,10 +96,10 @@ def test_heads_spread_over_two_devices_change_nothing(tokens: int):
     np.testing.assert_allclose(spread, run(*given), rtol=0, atol=ATTENTION)
 
 
-def lowered(platform: str, target: str, tokens: int, dim: int) -> str:
+def lowered(platform: str, target: str, tokens: int, dim: int, *, batch: int = 2, dtype: str = "bfloat16") -> str:
     """StableHLO for an accelerator, made without one."""
-    shapes = [jax.ShapeDtypeStruct((2, heads, tokens, dim), jnp.bfloat16) for heads in (6, 2, 2)]
-    start = jax.ShapeDtypeStruct((2,), jnp.int32)
+    shapes = [jax.ShapeDtypeStruct((batch, heads, tokens, dim), dtype) for heads in (6, 2, 2)]
+    start = jax.ShapeDtypeStruct((batch,), jnp.int32)
     traced = jax.jit(partial(attention, platform=platform)).trace(*shapes, start)
     return traced.lower(lowering_platforms=(target,)).as_text()
 
@@ -108,14 +110,67 @@ def test_lowers_to_a_tpu_kernel(dim: int, tokens: int):
     assert "tpu_custom_call" in lowered("tpu", "tpu", tokens, dim)
 
 
+@pytest.fixture
+def cudnn(monkeypatch):
+    """cuDNN itself needs a GPU; XLA's form of the same call takes its place, and like it may leave anything in the rows
+    behind the lengths. It takes float32 too, which our numbers are in. Returns the shapes that were asked for.
+    """
+    theirs, asked = jax.nn.dot_product_attention, []
+
+    def call(q, k, v, *, query_seq_lengths, implementation, **options):
+        assert implementation == "cudnn" and options["is_causal"]
+        asked.append(q.shape)
+        out = theirs(q, k, v, query_seq_lengths=query_seq_lengths, implementation="xla", **options)
+        behind = jnp.arange(q.shape[1])[None] >= query_seq_lengths[:, None]
+        return jnp.where(behind[..., None, None], jnp.asarray(jnp.nan, out.dtype), out)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", call)
+    monkeypatch.setattr(fastkv_jax.model.attention, "cudnn_attends", lambda dtype, dim: True)
+    return asked
+
+
 @pytest.mark.parametrize("kv_heads", [1, 3])
-def test_rolling_rows_for_cudnn_changes_nothing(monkeypatch, kv_heads: int):
-    """cuDNN itself needs a GPU; XLA's form of the same call takes its place."""
-    theirs = jax.nn.dot_product_attention
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: theirs(*a, **{**k, "implementation": "xla"}))
+@pytest.mark.parametrize("batch", [1, 3])
+def test_padding_and_cudnn_s_unwritten_rows_reach_no_one(cudnn, kv_heads: int, batch: int):
     q, k, v, start = inputs(100, kv_heads)
-    out = attention(*map(jnp.asarray, (q, k, v, start)), platform="gpu")
+    q, k, v, start = (a[-batch:] for a in (q, k, v, start - np.int32(batch == 1) * 60))
+    padding = (np.arange(100) < start[:, None])[:, None, :, None]
+    dirty = (jnp.asarray(np.where(padding, np.float32(np.nan), a)) for a in (q, k, v))
+    out = attention(*dirty, jnp.asarray(start), platform="gpu")
     np.testing.assert_allclose(valid(out, start), expected(q, k, v, start), rtol=0, atol=ATTENTION)
+    np.testing.assert_array_equal(np.where(padding, out, 0), 0)
+    assert cudnn == [(batch, 100, 2 * kv_heads, DIM)]
+
+
+def test_one_row_is_not_gathered_for_cudnn(cudnn):
+    text = lowered("gpu", "cuda", 100, DIM, batch=1, dtype="float32")
+    assert "stablehlo.gather" not in text and text.count("stablehlo.dynamic_slice") == 4  # q, k, v and back
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [("float32", 64), ("float32", 16), ("bfloat16", 20), ("float16", 136)])
+def test_what_cudnn_refuses_runs_in_full_precision_on_a_gpu(dtype: str, dim: int):
+    assert not cudnn_attends(dtype, dim)
+    text = lowered("gpu", "cuda", 100, dim, dtype=dtype)
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert products and all(("HIGHEST" in line) == (dtype == "float32") for line in products)
+    q, k, v, start = inputs(100, 3)
+    own = attention(*map(jnp.asarray, (q, k, v, start)), platform="gpu")
+    np.testing.assert_array_equal(own, run(q, k, v, start))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dim", [8, 64, 80, 128])
+def test_what_cudnn_takes_is_its_own(monkeypatch, dtype: str, dim: int):
+    asked = []
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda q, *_, implementation, **__: asked.append(implementation) or q
+    )
+    lowered("gpu", "cuda", 100, dim, dtype=dtype)
+    assert asked == ["cudnn"]
+
+
+def test_products_of_other_platforms_are_as_ever():
+    assert "HIGHEST" not in lowered("cpu", "cpu", 100, 16, dtype="float32")
 
 
 @pytest.mark.parametrize("kv_heads", [1, 3])

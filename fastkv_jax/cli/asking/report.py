@@ -17,6 +17,7 @@ from fastkv_jax.costs import cache_bytes, weight_count
 from fastkv_jax.methods import FullKV, Method
 from fastkv_jax.methods.plan import Kept, effective_budgets
 from fastkv_jax.model.config import LlamaConfig
+from fastkv_jax.model.platforms import cudnn_attends
 
 MOST_RUNS = 4  # runs of layers named in one line
 
@@ -68,6 +69,12 @@ class Reporter:
         if not self._quiet:
             versions = f"fastkv_jax {fastkv_jax.__version__} · jax {jax.__version__}"
             print(f"{versions} · {device} · {dtype}", file=sys.stderr, flush=True)
+
+    def attention(self, platform: str, dtype: str, head_dim: int) -> None:
+        """Said where a GPU reads prompts without cuDNN: what is right is no warning, but slow."""
+        if platform == "gpu" and not cudnn_attends(dtype, head_dim):
+            self.line("slow", f"cuDNN's attention takes bfloat16 and float16 at head sizes 8, 16 ... 128; prompts of "
+                      f"{dtype} at {head_dim} are read by plain jax.numpy")  # fmt: skip
 
     def job(self, identity: Any, job: Encoded | Exception, side: str | None) -> None:
         """What happened to a prompt on its way to tokens, if anything did."""
