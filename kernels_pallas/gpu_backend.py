@@ -4,6 +4,7 @@ It works from jax 0.10 on; since 0.11 jax warns at lowering that it will go one 
 for Hopper and up only, and has another programming model.
 """
 
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -41,6 +42,9 @@ def gpu_call(
 
     `stages` loads are in flight; `aliases`: which input each output that is one of them updates in place.
     """
+    # jax 0.11 and later say whenever such a kernel is lowered, which is after this, that Triton will go: where every
+    # warning is an error nothing would compile.
+    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
     return pl.pallas_call(
         kernel,
         grid=grid,

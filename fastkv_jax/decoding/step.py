@@ -16,7 +16,7 @@ from fastkv_jax.errors import InputError
 from fastkv_jax.model import rope
 from fastkv_jax.model.llama import Llama
 from fastkv_jax.model.ops import Ops
-from fastkv_jax.model.platforms import KERNELS, Kernels
+from fastkv_jax.model.platforms import KERNELS, Kernels, full_precision
 from kernels_pallas import Slots
 
 
@@ -54,6 +54,11 @@ def decode(
 
     Rows that are not `live` have ended: what they are fed does not count, and without a live row no slot is used up.
     """
+    with full_precision("gpu" if kernels == "gpu" else model.platform, model.dtype):
+        return _decode(model, token, cache, live, kernels)
+
+
+def _decode(model: Llama, token, cache: KVCache, live, kernels: Kernels) -> tuple[Float[Array, "B V"], KVCache]:
     x = model.embed(token[:, None])
     turn = rope.angles(model.config.rope, model.config.head_dim, cache.position)
 

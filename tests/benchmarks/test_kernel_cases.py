@@ -5,10 +5,10 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from fastkv_jax.benchmarks.hlo_flops import _parse, flops
 
 from fastkv_jax.benchmarks import device_rates, kernel_cases
 from fastkv_jax.benchmarks.device_rates import Case, program
-from fastkv_jax.benchmarks.hlo_flops import _parse, flops
 
 TURNS = 7
 

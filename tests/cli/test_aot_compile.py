@@ -74,8 +74,6 @@ def tokens_flops(n: int) -> int:
     return products + 2 * 2 * 4096 * n * (n + 1) // 2
 
 
-# jax announces at lowering that Triton will go one day; gpu_backend.py is where that will be met.
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("target", list(aot_compile.GPU_TARGETS))
 def test_programs_for_a_gpu_are_lowered_where_there_is_none(target: str):
     run = jax.jit(functools.partial(linear, implementation="gpu"))

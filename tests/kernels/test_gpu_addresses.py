@@ -79,9 +79,6 @@ def of(monkeypatch, capsys):
     return lambda run, *given: accesses(run, *given, monkeypatch=monkeypatch, capsys=capsys)
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-
-
 @pytest.mark.parametrize("tokens", [131_072, 1_048_576])
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("cache", ["bfloat16", "int8", "float8_e4m3fn"])

@@ -17,10 +17,6 @@ from fastkv_jax.decoding.loop import lower_decode
 from fastkv_jax.decoding.step import decode
 from kernels_pallas import Norm, Slots, gpu_backend
 
-# jax announces at lowering that Triton will go one day; gpu_backend.py is where that will be met.
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-
-
 H100 = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 HOPPER = AbstractMesh((1,), ("gpu",), (AxisType.Auto,), abstract_device=H100)
 

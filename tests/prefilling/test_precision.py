@@ -1,19 +1,24 @@
 """On a GPU the products of a float32 model are float32's, not TF32's, wherever they are made; elsewhere as ever."""
 
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 import fastkv_jax as fk
 from examples import EXAMPLES, model_a
 from fastkv_jax.calibration import survey
+from fastkv_jax.decoding.step import decode
 from fastkv_jax.methods.base import Method
 from fastkv_jax.prefilling import likelihood, passes
 from fastkv_jax.prefilling.doors import prepare
 from fastkv_jax.prefilling.layers import enter
 
+H100 = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+HOPPER = AbstractMesh((1,), ("gpu",), (AxisType.Auto,), abstract_device=H100)
 TOKENS = [[5 * i % 89 for i in range(100)]]
 METHODS = [given[0] for name, given in EXAMPLES.items() if name != "asl"]  # which are many programs
 
@@ -51,6 +56,14 @@ def test_every_product_of_a_likelihood_and_a_survey():
     look = {"methods": (EXAMPLES["fastkv"][0],), "static": given.static}
     found += products(survey._look, given.model, at, jnp.int32(0), budget, budget, answer, **look, platform="gpu")
     assert set(found) == {"HIGHEST"}
+
+
+def test_every_product_of_a_decode_step():
+    """Its kernels say so themselves; the logits are XLA's."""
+    given = asked(fk.FullKV(), "gpu")
+    run = jax.jit(functools.partial(decode, given.model, jnp.zeros(1, jnp.int32), kernels="gpu"))
+    with use_abstract_mesh(HOPPER):
+        assert set(products(run, given.run().cache, platform="gpu")) == {"HIGHEST"}
 
 
 @pytest.mark.parametrize(("platform", "dtype"), [("cpu", "float32"), ("tpu", "bfloat16")])
