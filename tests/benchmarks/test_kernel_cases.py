@@ -5,9 +5,10 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from fastkv_jax.benchmarks.hlo_flops import _parse, flops
 
 from fastkv_jax.benchmarks import device_rates, kernel_cases
+from fastkv_jax.benchmarks.compiled.flops import flops
+from fastkv_jax.benchmarks.compiled.program import parse
 from fastkv_jax.benchmarks.device_rates import Case, program
 
 TURNS = 7
@@ -26,7 +27,7 @@ def cases() -> list[Case]:
 def test_turns_are_known_and_nothing_large_is_written_around_them(cases: list[Case], place: int):
     case = cases[place]
     text = program(case, TURNS).lower(*case.args).compile().as_text()
-    computations, entry = _parse(text)
+    computations, entry = parse(text)
     inside = [i for computation in computations.values() for i in computation.values()]
     (loop,) = [i for i in computations[entry].values() if i.kind == "while"]
     assert f'"known_trip_count":{{"n":"{TURNS}"}}' in loop.rest
