@@ -1,0 +1,35 @@
+"""Step `rates`: what the device can do, a copy and a matrix product. And how any case is timed."""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from fastkv_jax.benchmarks.device_rates import Case, rates, timer, yardsticks
+from fastkv_jax.device_checks.results import Check, Outcome, measured
+
+
+def checks(platform: str, quick: bool) -> Iterator[Check]:
+    """One, of two numbers."""
+    yield Check("copy and product", lambda: _rates(platform))
+
+
+def _rates(platform: str) -> Outcome:
+    found = device(platform)
+    copy, product = found["copy_bytes_per_s"], found["product_flops_per_s"]
+    return measured(f"a copy moves {copy / 1e9:,.0f} GB/s, a product makes {product / 1e12:,.3g} TFLOP/s", **found)
+
+
+@cache
+def device(platform: Any) -> dict[str, float]:
+    """Bytes and operations a second, measured once in this process."""
+    copy, product = yardsticks(platform)
+    time_case(copy, 3)
+    time_case(product, 3)
+    return rates(copy, product)
+
+
+def time_case(case: Case, repeats: int) -> None:
+    """Add measurements to a case."""
+    measure = timer(case)
+    for _ in range(repeats):
+        measure()
