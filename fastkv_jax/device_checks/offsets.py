@@ -13,7 +13,7 @@ import numpy as np
 
 import kernels_pallas
 from fastkv_jax.device_checks.device import need
-from fastkv_jax.device_checks.kernels.inputs import choice
+from fastkv_jax.device_checks.kernels.inputs import choice, jit
 from fastkv_jax.device_checks.results import Check, Outcome, equal
 from kernels_pallas import Slots
 
@@ -24,10 +24,10 @@ SLACK = 1.15  # what a stack takes while it is made, beside itself
 def checks(platform: str, quick: bool) -> Iterator[Check]:
     """A cache in bfloat16, a stack of matrices, then 8 bits, whose offsets are 32 bits wide in more places."""
     small = platform == "cpu"
-    slots, out = (128, 64) if small else (131_072, 16_384)
+    slots, out, inner = (128, 64, 512) if small else (131_072, 16_384, 4096)
     stacks: list[tuple[str, int, Callable[[], Outcome]]] = [
         ("decode_attention bfloat16", 32 * HEADS * slots * DIM, partial(_decode, platform, slots, "bfloat16")),
-        ("linear bfloat16", 64 * out * 4096, partial(_linear, platform, out)),
+        ("linear bfloat16", 64 * out * inner, partial(_linear, platform, out, inner)),
         ("decode_attention int8", 32 * HEADS * slots // 2 * DIM, partial(_decode, platform, slots // 2, "int8")),
         ("decode_attention int8", 32 * HEADS * slots * DIM, partial(_decode, platform, slots, "int8")),
     ]
@@ -61,7 +61,7 @@ def _decode(platform: str, slots: int, cache: str) -> Outcome:
     new = jax.random.normal(keys[1], (layers, 1, HEADS, NEW, DIM), jnp.bfloat16)
     positions = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (layers, *shape[:3]))
     prompt, filled = Slots(entries, entries, positions, None, scale, scale), jnp.ones(1, jnp.int32)
-    run = jax.jit(partial(kernels_pallas.decode_attention, **choice(platform)))
+    run = jit(partial(kernels_pallas.decode_attention, **choice(platform)), platform)
 
     def read(layer: int) -> tuple[jax.Array, jax.Array]:
         alone: Any = jax.tree.map(lambda a: a[layer : layer + 1], (prompt, Slots(new, new)))
@@ -71,10 +71,10 @@ def _decode(platform: str, slots: int, cache: str) -> Outcome:
     return _alike(layers, read)
 
 
-def _linear(platform: str, out: int) -> Outcome:
-    layers, inner = 64, 4096
+def _linear(platform: str, out: int, inner: int) -> Outcome:
+    layers = 64
     need(SLACK * layers * out * inner * 2)
     weight = _stack(layers, lambda key: jax.random.normal(key, (out, inner), jnp.bfloat16))
     x = jax.random.normal(jax.random.key(5), (1, inner), jnp.bfloat16)
-    run = jax.jit(partial(kernels_pallas.linear, **choice(platform)))
+    run = jit(partial(kernels_pallas.linear, **choice(platform)), platform)
     return _alike(layers, lambda i: (run(x, weight, jnp.int32(i)), run(x, weight[i : i + 1], jnp.int32(0))))

@@ -42,7 +42,7 @@ def allowances(steps: list[Step], quick: bool) -> list[float]:
 def run(name: str, platform: str, quick: bool, done: int, tell: Callable[[dict[str, Any]], object]) -> None:
     """Run a step's checks but for the first `done`; `tell` hears of each when it begins, then its row.
 
-    Raises what the device says if it does not answer after a check that failed: whoever started the step begins it anew.
+    Raises what the device says if it does not answer after a check that failed: whoever started the step goes on anew.
     """
     step = next(step for step in STEPS if step.name == name)
     module = importlib.import_module(f"fastkv_jax.device_checks.{step.module}")

@@ -1,13 +1,13 @@
 """How far a device's numbers may be from the reference, all in one place, and why.
 
-An error is relative to the largest number of its vector, the last axis: of an attention output or a row of products the
-D or O numbers that belong together. Both sides get the same rounded inputs, and the reference computes in float32 at the
-highest precision, so that only what the kernel itself rounds is left:
+An error is relative to the largest number of its vector, the last axis: of an attention output or a row of products
+the D or O numbers that belong together. Both sides get the same rounded inputs, and the reference computes in float32
+at the highest precision, so that only what the kernel itself rounds is left:
 
     bfloat16   8 bits, a rounding is 2^-8 at most = 0.4 %: of weights, of a scaled query, and of the result: 4 of them
     float16    11 bits, 2^-11 = 0.05 %: the same four
-    float32    sums of up to 2^17 terms, in any order, and exp: near 1e-6. TF32 or a bfloat16 pass, which is what a matrix
-               unit does if nobody asks for more, is above 1e-4
+    float32    sums of up to 2^17 terms, in any order, and exp: near 1e-6. TF32 or a bfloat16 pass, which is what a
+               matrix unit does if nobody asks for more, is above 1e-4
     scores     of any dtype as float32: products of 16-bit numbers are exact in it, and nothing else is rounded
 
 Caches of 8 bits are as exact as their queries' dtype: the reference reads the same 8 bits.
@@ -27,7 +27,7 @@ LEAST_COMMON = 0.8  # share of the kept entries that both keep
 
 
 def apart(ours: object, theirs: object) -> float:
-    """The largest difference [..., D], relative to the largest number of its vector; infinite where ours is not finite."""
+    """The largest difference [..., D], relative to the largest number of its vector; infinite if ours is not finite."""
     a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     if a.shape != b.shape:
         raise ValueError(f"shapes differ: {a.shape} and {b.shape}")

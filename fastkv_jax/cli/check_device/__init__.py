@@ -1,7 +1,7 @@
 """Is my accelerator right, and how fast is it? Every kernel, recorded runs, a real answer, and speeds, step by step.
 
-Each step is a process of its own: one that dies or takes too long is a line of the table, and the others still run. Exit
-code 1 if a number is wrong or a step died, else 0; docs/check_device.md says how to read the table.
+Each step is a process of its own: one that dies or takes too long is a line of the table, and the others still run.
+Exit code 1 if a number is wrong or a step died, else 0; docs/check_device.md says how to read the table.
 
   check_device.py --platform gpu --quick
   check_device.py --platform gpu --limit 570 --output report.json
@@ -33,8 +33,9 @@ def parser() -> common.Parser:
     group.add_argument("--quick", action="store_true", help="fewer shapes, no model of 8B parameters")
     group.add_argument("--steps", nargs="+", choices=names, default=names, metavar="STEP", help="only these: "
                        f"{', '.join(names)} (default: all)")  # fmt: skip
-    group.add_argument("--limit", type=float, metavar="SECONDS", help="for everything, > 0: the report is there by then "
-                       f"(default: {LIMITS['whole']}, with --quick {LIMITS['quick']}; --platform cpu: {LIMITS['cpu']})")  # fmt: skip
+    group.add_argument("--limit", type=float, metavar="SECONDS", help="for everything, > 0: the report is there by "
+                       f"then (default: {LIMITS['whole']}, with --quick {LIMITS['quick']}; with --platform cpu "
+                       f"{LIMITS['cpu']})")  # fmt: skip
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     group.add_argument("--output", metavar="FILE", help="also write the JSON there, anew after each step")

@@ -20,7 +20,10 @@ HEAD = ("step", "check", "result", "found", "s")
 
 
 class Report:
-    """A context: what there is, is told when it ends, whatever ends it. Raises `InputError` if `path` cannot be written."""
+    """A context that tells what there is when it ends, whatever ends it.
+
+    Raises `InputError` if `path` cannot be written.
+    """
 
     def __init__(self, path: str | None, *, quick: bool, as_json: bool, quiet: bool):
         self._path, self._quick, self._json, self._quiet = path, quick, as_json, quiet

@@ -19,7 +19,7 @@ FLOAT8 = "float8_e4m3fn"
 
 
 class Case(NamedTuple):
-    """Shapes, and what stands in slots that hold nothing: in the keys; in the values a number, or the mask would be NaN."""
+    """Shapes, and what stands in the keys of empty slots; their values are 1e3, as NaN times a weight of 0 is NaN."""
 
     rows: int
     kv_heads: int

@@ -29,10 +29,14 @@ def choice(platform: str) -> dict[str, Any]:
     return {"implementation": "gpu", "interpret": True} if platform == "cpu" else {"implementation": platform}
 
 
+def jit(run: Callable[..., Any], platform: str, **more: Any) -> Callable[..., Any]:
+    """A program with a kernel in it."""
+    return jax.jit(run, compiler_options=QUICKLY if platform == "cpu" else None, **more)
+
+
 def ours(run: Callable[..., Any], platform: str, *arrays: Any) -> np.ndarray:
     """`run` of the arrays as one program."""
-    options = QUICKLY if platform == "cpu" else None
-    return np.asarray(jax.jit(run, compiler_options=options)(*arrays))
+    return np.asarray(jit(run, platform)(*arrays))
 
 
 def theirs(run: Callable[..., Any], *arrays: Any) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The platform's attention over a prompt: ragged rows, numbers in the padding, and padding that stays finite.
 
-What a padding row holds must not reach the prompt; and it must be finite, as its values are multiplied by 0 in the layers
-above. NaN itself is not tried: 0 * NaN is NaN on every platform, which is why padding must never become it.
+What a padding row holds must not reach the prompt; and what it becomes must be finite, as the layers above multiply it
+by 0. NaN itself is not tried: 0 * NaN is NaN on every platform, which is why padding must never become it.
 """
 
 from collections.abc import Iterator
@@ -82,7 +82,7 @@ def _run(case: Case, platform: Any) -> Outcome:
 
 
 def _plain(q, k, v, start, rows):
-    """Attention of the queries [B, H, R, D] at columns `rows`, as its definition says; rows before `start` are noise."""
+    """Attention of the queries [B, H, R, D] at columns `rows`, as it is defined; rows before `start` are noise."""
     batch, heads, count, dim = q.shape
     columns = jnp.arange(k.shape[2])
     seen = (columns[None, None] <= rows[None, :, None]) & (columns[None, None] >= start[:, None, None])
