@@ -18,7 +18,7 @@ def checks(platform: Any, quick: bool) -> Iterator[Check]:
     if quick:
         tokens, slots = tokens[:1], slots[:1]
     for case in cases(platform, KERNELS[platform], tokens, slots, rows)[2:]:  # the first are the yardsticks
-        yield Check(f"{case.name} {case.shape}", partial(_time, case, platform, 2 if quick else 3))
+        yield Check(f"{case.name} {case.shape}", partial(_time, case, platform, 1 if platform == "cpu" else 3))
 
 
 def _time(case: Case, platform: Any, repeats: int) -> Outcome:
