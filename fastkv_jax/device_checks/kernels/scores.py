@@ -60,12 +60,12 @@ def cases(platform: str, quick: bool) -> list[Case]:
 
 
 def _run(case: Case, platform: str) -> Outcome:
-    """One row is whole, one has padding in front and tokens behind its window, one hardly more than its window."""
+    """A row has padding in front and tokens behind its window, one is whole, one has hardly more than its window."""
     drawn, n = Drawn(case.name), case.tokens
     q = drawn.normal(case.rows, case.kv_heads * case.group, case.window, case.dim, dtype=case.dtype)
     k = drawn.normal(case.rows, case.kv_heads, n, case.dim, dtype=case.dtype)
-    start = np.array([0, n // 3, max(n - case.window - 5, 0), 5], np.int32)[: case.rows]
-    stop = np.array([n, n - 7, n, n - 1], np.int32)[: case.rows]
+    start = np.array([n // 3, 0, max(n - case.window - 5, 0), 5], np.int32)[: case.rows]
+    stop = np.array([n - 7, n, n, n - 1], np.int32)[: case.rows]
     for row in range(case.rows):
         k[row, :, : start[row]] = k[row, :, stop[row] :] = case.poison
     settings: Any = {"kernel_size": case.kernel_size, "pooling": case.pooling}
