@@ -5,6 +5,7 @@ from functools import cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -43,7 +44,7 @@ def _method(name: str, num_layers: int) -> Method:
 
 
 def _time(platform: str, name: str, tokens: int, method_name: str, done: dict[tuple[int, str], Series]) -> Outcome:
-    config, dtype = shapes.config(name, 1 << 18), np.dtype("float32") if platform == "cpu" else jax.numpy.bfloat16.dtype
+    config, dtype = shapes.config(name, 1 << 18), jnp.dtype("float32" if platform == "cpu" else "bfloat16")
     method = _method(method_name, config.num_layers)
     cache_size = costs.cache_bytes(config, method, tokens, NEW, dtype.itemsize)
     need(costs.weight_count(config) * dtype.itemsize + cache_size + WORKING * tokens / 131_072)

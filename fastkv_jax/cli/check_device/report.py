@@ -38,7 +38,7 @@ class Report:
             raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
     def __enter__(self) -> "Report":
-        self._bar = tqdm(desc="checks", unit="", file=sys.stderr, disable=self._quiet, leave=False)
+        self._bar = tqdm(desc="checks", unit=" checks", file=sys.stderr, disable=self._quiet, leave=False)
         self._print(f"| {' | '.join(HEAD)} |\n|---|---|---|---|--:|")
         return self
 

@@ -66,9 +66,11 @@ def rows(step: str, words: list[str], seconds: float, *, verbose: bool) -> Itera
 def _started(words: list[str], errors: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """In a session of its own, so that Ctrl-C reaches us alone; gone when the block ends, however that happens."""
     command = [sys.executable, "-m", "fastkv_jax", *words]
-    with subprocess.Popen(
+    process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
-    ) as process:
+    )
+    assert process.stdout is not None
+    with process.stdout:  # not the process itself: one that hangs in a driver would be waited for without end
         try:
             yield process
         finally:
