@@ -7,6 +7,7 @@ from typing import Any
 
 from fastkv_jax.benchmarks.device_rates import Case
 from fastkv_jax.benchmarks.kernel_cases import cases
+from fastkv_jax.device_checks.kernels.inputs import FLOAT8, check_float8
 from fastkv_jax.device_checks.results import Check, Outcome, measured
 from fastkv_jax.device_checks.speed import device, time_case
 from fastkv_jax.model.platforms import KERNELS
@@ -22,6 +23,8 @@ def checks(platform: Any, quick: bool) -> Iterator[Check]:
 
 
 def _time(case: Case, platform: Any, repeats: int) -> Outcome:
+    if FLOAT8 in case.shape:
+        check_float8(platform)
     able = device(platform)
     time_case(case, repeats)
     seconds = statistics.median(case.seconds)

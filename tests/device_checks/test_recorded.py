@@ -36,11 +36,11 @@ def test_entries_rows_tokens_and_logits_that_differ_are_told(monkeypatch):
 def test_kernels_that_choose_other_entries_than_plain_jax_numpy_are_found_out(monkeypatch):
     """Here both sides are plain jax.numpy; what stands for kernels reads other words."""
     name, real = recorded.CASES[0], recorded.prefill
-    assert recorded._as_plain(name, None).status == "right"
+    assert recorded._as_plain("cpu", name, None).status == "right"
 
     def other_words(model, tokens, start, **options):
         return real(model, tokens if "kernels" in options else tokens[:, ::-1] % 64, start, **options)
 
     monkeypatch.setattr(recorded, "prefill", other_words)
-    outcome = recorded._as_plain(name, None)
-    assert outcome.status == "wrong" and outcome.numbers["slots_equal"] < 0.8
+    outcome = recorded._as_plain("cpu", name, None)
+    assert outcome.status == "wrong" and outcome.numbers["entries_common"] < 0.8

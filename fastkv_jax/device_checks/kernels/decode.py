@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import kernels_pallas
-from fastkv_jax.device_checks.kernels.inputs import Drawn, check_float8, choice, ours, theirs
+from fastkv_jax.device_checks.kernels.inputs import FLOAT8, Drawn, check_float8, choice, ours, theirs
 from fastkv_jax.device_checks.results import Check, Outcome, within
 from fastkv_jax.device_checks.tolerances import OF_DTYPE, apart
 from kernels_pallas import Slots
 
 NEW = 256  # slots of the buffer of new tokens, of which a row has used a part
-FLOAT8 = "float8_e4m3fn"
 
 
 class Case(NamedTuple):

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastkv_jax.device_checks.results import Missing
 
+FLOAT8 = "float8_e4m3fn"
 QUICKLY = {"xla_backend_optimization_level": 0}  # interpreted kernels are long programs that run for milliseconds
 
 
