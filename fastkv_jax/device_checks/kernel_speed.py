@@ -30,7 +30,7 @@ def _time(case: Case, platform: Any, repeats: int) -> Outcome:
     seconds = statistics.median(case.seconds)
     of_copy = case.bytes / seconds / able["copy_bytes_per_s"]
     of_product = case.flops / seconds / able["product_flops_per_s"]
-    found = (f"{1e6 * seconds:,.1f} us, {case.bytes / seconds / 1e9:,.0f} GB/s, {of_copy:.0%} of the copy, "
+    found = (f"{1e6 * seconds:,.1f} us, {case.bytes / seconds / 1e9:,.1f} GB/s, {of_copy:.0%} of the copy, "
              f"{of_product:.0%} of the product")  # fmt: skip
     return measured(found, seconds=seconds, range_s=[min(case.seconds), max(case.seconds)], bytes=case.bytes,
                     flops=case.flops, share_of_copy=of_copy, share_of_product=of_product)  # fmt: skip

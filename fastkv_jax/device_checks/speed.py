@@ -16,7 +16,7 @@ def checks(platform: str, quick: bool) -> Iterator[Check]:
 def _rates(platform: str) -> Outcome:
     found = device(platform)
     copy, product = found["copy_bytes_per_s"], found["product_flops_per_s"]
-    return measured(f"a copy moves {copy / 1e9:,.0f} GB/s, a product makes {product / 1e12:,.3g} TFLOP/s", **found)
+    return measured(f"a copy moves {copy / 1e9:,.1f} GB/s, a product makes {product / 1e12:,.3g} TFLOP/s", **found)
 
 
 @cache

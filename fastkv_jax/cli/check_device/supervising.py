@@ -70,7 +70,7 @@ def _started(words: list[str], errors: IO[bytes]) -> Iterator[subprocess.Popen[b
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
     )
     assert process.stdout is not None
-    with process.stdout:  # not the process itself: one that hangs in a driver would be waited for without end
+    with process.stdout:  # not the process: one that hangs in a driver would be waited for without end
         try:
             yield process
         finally:
