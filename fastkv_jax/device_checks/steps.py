@@ -21,16 +21,16 @@ class Step(NamedTuple):
     brief: bool = False  # on a CPU its programs compile for longer than they run
 
 
-STEPS = (
-    Step("device", "device", 30, 20),
-    Step("kernels", "kernels", 200, 80, brief=True),
+STEPS = (  # the first one finds files and a driver that nobody has read yet
+    Step("device", "device", 60, 35),
+    Step("kernels", "kernels", 180, 70, brief=True),
     Step("offsets", "offsets", 60, 20, brief=True),
     Step("selection", "kernels.selection", 25, 15, brief=True),
-    Step("recorded", "recorded", 80, 25, brief=True),
+    Step("recorded", "recorded", 70, 25, brief=True),
     Step("answer", "answer", 60, 25),
     Step("rates", "speed", 25, 15),
     Step("kernel-speed", "kernel_speed", 70, 20),
-    Step("model-speed", "model_speed", 170, 20, brief=True),
+    Step("model-speed", "model_speed", 170, 15, brief=True),
 )
 
 

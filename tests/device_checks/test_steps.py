@@ -1,6 +1,8 @@
 """How a step runs its checks, and what becomes of those that cannot be made."""
 
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -90,3 +92,9 @@ def test_checks_have_names_of_their_own(step, platform, quick):
     names = [check.name for check in import_module(f"fastkv_jax.device_checks.{module}").checks(platform, quick)]
     assert len(set(names)) == len(names) > 2
     assert not (platform == "tpu" and any("float16," in name.replace("bfloat16", "") for name in names))
+
+
+def test_the_page_says_the_shares_that_there_are():
+    page = (Path(__file__).parents[2] / "docs" / "check_device.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([\w-]+)` \| .* \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    assert listed == [(step.name, str(step.seconds), str(step.quick)) for step in steps.STEPS]
