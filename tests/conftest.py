@@ -39,6 +39,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The files that take longest come first, the longest before the others: whoever is free takes the next file.
 SLOW = (
     "cli/test_aot_compile.py",
+    "cli/test_check_device.py",
     "prefilling/test_doors.py",
     "decoding/test_loop.py",
     "model/test_meshes.py",

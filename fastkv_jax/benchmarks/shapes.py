@@ -6,6 +6,7 @@ MODELS = {  # vocabulary, hidden, MLP, layers, query heads, KV heads, head size,
     "llama-3.1-8b": (128_256, 4096, 14_336, 32, 32, 8, 128, False),
     "llama-3.2-1b": (128_256, 2048, 8192, 16, 32, 8, 64, True),
     "llama-3.1-70b": (128_256, 8192, 28_672, 80, 64, 8, 128, False),
+    "tiny": (256, 64, 128, 4, 4, 2, 16, True),  # to see that a program runs
 }
 
 

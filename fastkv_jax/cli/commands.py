@@ -1,4 +1,4 @@
-"""One name for all commands: fastkv-jax generate, evaluate, convert, benchmark, calibrate, lm_eval."""
+"""One name for all commands: fastkv-jax generate, evaluate, convert, benchmark, calibrate, check_device, lm_eval."""
 
 import importlib
 import sys
@@ -12,6 +12,7 @@ COMMANDS = {
     "convert": "write a model as this project's own checkpoint",
     "benchmark": "time prefill and decode against full context",
     "calibrate": "choose the TSP layer, window and kernel for a model",
+    "check_device": "is my accelerator right, and how fast is it?",
     "lm_eval": "lm-evaluation-harness with a model of ours",
 }
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in COMMANDS:
         return importlib.import_module(f"fastkv_jax.cli.{words[0]}").main(words[1:])
-    listed = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    listed = "\n".join(f"  {name:<12} {what}" for name, what in COMMANDS.items())
     if words[:1] in ([], ["-h"], ["--help"]):
         print(f"usage: fastkv-jax COMMAND [flags]; COMMAND --help lists them\n\n{listed}")
         return 0 if words else 2
