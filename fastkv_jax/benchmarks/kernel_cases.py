@@ -17,7 +17,8 @@ from fastkv_jax.model.attention import attention
 from kernels_pallas import Slots
 
 HEADS, KV_HEADS, DIM, WINDOW, NEW = 32, 8, 128, 8, 128
-MATRICES = ((4096, 4096), (1024, 4096), (14_336, 4096), (4096, 14_336))  # wq and wo, wk and wv, gate and up, down
+MATRICES = ((4096, 4096), (4096, 14_336))  # wo and w_down, O x I
+NORMED = {"projections": ((4096, 1024, 1024), 4096), "gated": ((14_336, 14_336), 4096)}  # heights and I
 STACK = {"cpu": 1 << 27}  # bytes that layers in turn have at least: several times what a cache holds
 LARGE_STACK = 1 << 29  # on the other platforms
 
@@ -31,6 +32,7 @@ def cases(platform: Any, kernels: Any, tokens: list[int], slots: list[int], rows
     for c in slots:
         found += [made.decode_attention(c, kind) for kind in (made.dtype.name, "int8", "float8_e4m3fn")]
     found += [made.linear(out, inner) for out, inner in MATRICES]
+    found += [made.normed(name, *sizes) for name, sizes in NORMED.items()]
     return [*found, made.prefill_attention(min(4096 if platform == "cpu" else 32_768, max(tokens)))]
 
 
@@ -106,6 +108,24 @@ class _Cases:
 
         flops = 2 * self.rows * weight.size
         return Case("linear", f"B {self.rows}, {out:,} x {inner:,}", run, (x, *stacked), weight.nbytes, flops)
+
+    def normed(self, name: str, heights: tuple[int, ...], inner: int) -> Case:
+        """`projections` or `gated`: a norm, and matrices of these heights."""
+        x, norm = self.normal(self.rows, inner), self.normal(inner)
+        weights = [self.normal(out, inner) / jnp.asarray(inner**0.5, self.dtype) for out in heights]
+        layers, (norms, *stacked) = self.stack(norm, *weights)
+
+        def run(turn, x, norms, *stacked):
+            norm, layer, kernels = kernels_pallas.Norm(norms, 1e-5), turn % layers, self.kernels
+            if name == "gated":
+                gate, up = stacked
+                return kernels_pallas.gated(x, norm, gate, up, layer, implementation=kernels)
+            made = kernels_pallas.projections(x, norm, stacked, layer, implementation=kernels)
+            return jnp.concatenate(made, axis=1)
+
+        size = sum(heights) * inner
+        shape = f"B {self.rows}, {' + '.join(f'{out:,}' for out in heights)} x {inner:,}"
+        return Case(name, shape, run, (x, norms, *stacked), size * self.dtype.itemsize, 2 * self.rows * size)
 
     def prefill_attention(self, t: int) -> Case:
         q, k, v = self.normal(1, HEADS, t, DIM), self.normal(1, KV_HEADS, t, DIM), self.normal(1, KV_HEADS, t, DIM)

@@ -19,11 +19,12 @@ def cases() -> list[Case]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(kernel_cases.STACK, "cpu", 1)
         patch.setattr(kernel_cases, "MATRICES", ((192, 256), (256, 256)))
+        patch.setattr(kernel_cases, "NORMED", {"projections": ((128, 64, 64), 256), "gated": ((192, 192), 256)})
         patch.setitem(device_rates.SIZES, "cpu", (1 << 16, 128))
         return kernel_cases.cases("cpu", "reference", [640], [256], 2)
 
 
-@pytest.mark.parametrize("place", range(10))
+@pytest.mark.parametrize("place", range(12))
 def test_turns_are_known_and_nothing_large_is_written_around_them(cases: list[Case], place: int):
     case = cases[place]
     text = program(case, TURNS).lower(*case.args).compile().as_text()

@@ -52,7 +52,10 @@ def test_every_step_is_right_on_a_cpu(capfd, monkeypatch, tmp_path):
     assert found["complete"] and found["right"] and found["quick"] and set(found["counts"]) == {"right", "measured"}
     assert list(dict.fromkeys(row["step"] for row in found["rows"])) == [step.name for step in STEPS]
     names = {row["check"]: row for row in found["rows"]}
-    for kernel in ("window_scores", "decode_attention", "linear", "prefill attention", "select", "among_best"):
+    for kernel in (
+        "window_scores", "append", "decode_attention", "linear", "projections", "gated", "prefill attention", "select",
+        "among_best",
+    ):  # fmt: skip
         assert any(name.startswith(kernel) and row["status"] == "right" for name, row in names.items())
     assert names["versions"]["numbers"]["jax"] and names["memory"]["numbers"]["platform"] == "cpu"
     assert names["smollm2-135m, fastkv, float32"]["numbers"]["answer"].count("4072915") == 1
@@ -66,13 +69,16 @@ def test_a_broken_kernel_is_named_and_fails_the_command(capfd, in_the_steps):
 kernels = importlib.import_module('fastkv_jax.device_checks.kernels')
 kernels.scores.checks = kernels.decode.checks = lambda *_: ()  # less to wait for
 gpu = importlib.import_module('kernels_pallas.linear.gpu')
-real = gpu.linear
-gpu.linear = lambda *a, **k: real(*a, **k) * 1.1""")  # fmt: skip
+real = gpu.gated
+gpu.gated = lambda *a, **k: real(*a, **k) * 1.1""")  # fmt: skip
     assert check_device.main([*QUIET, "--steps", "kernels"]) == 1
     out = capfd.readouterr().out
-    results = [(check.split(" B ")[0], result) for _, check, result, _, _ in cells(out)]
-    assert set(results) == {("linear", "**wrong**"), ("prefill attention", "right")} and len(results) == 5
-    assert "3 wrong, 0 died" in out and "\nwrong: kernels: linear B 1, O 512, I 512, bfloat16" in out
+    results = {(check.split()[0], result) for _, check, result, _, _ in cells(out)}
+    assert results == {
+        ("gated", "**wrong**"),
+        *((name, "right") for name in ("linear", "projections", "append", "prefill")),
+    }
+    assert "3 wrong, 0 died" in out and "\nwrong: kernels: gated B 1, O 512, I 512, bfloat16" in out
 
 
 def test_a_check_that_kills_its_process_is_a_row_and_the_next_ones_run(capfd, in_the_steps):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import kernels_pallas
-from fastkv_jax.device_checks.kernels.inputs import Drawn, ours
+from fastkv_jax.device_checks.kernels.inputs import Drawn, choice, ours
 from fastkv_jax.device_checks.results import Check, Outcome, equal
 
 
@@ -37,7 +37,7 @@ SMALL = [Case(3, 1025, 1023, "ties"), Case(2, 300, 40, "one value")]
 
 
 def checks(platform: str, quick: bool) -> Iterator[Check]:
-    """Scores at random, of few values, of one, each with both infinities. On a CPU the TPU's kernels, interpreted."""
+    """Scores at random, of few values, of one, each with both infinities."""
     cases = SMALL if platform == "cpu" else CASES[:3] if quick else CASES
     for case in cases:
         yield Check(f"select {case.name}", partial(_select, case, platform))
@@ -58,19 +58,15 @@ def _inputs(case: Case) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     )
 
 
-def _choice(platform: str) -> dict[str, Any]:
-    return {"implementation": "tpu", "interpret": True} if platform == "cpu" else {"implementation": platform}
-
-
 def _select(case: Case, platform: str) -> Outcome:
     scores, count, best = _inputs(case)
-    found = ours(partial(kernels_pallas.select, capacity=case.capacity, **_choice(platform)), platform, scores, count)
+    found = ours(partial(kernels_pallas.select, capacity=case.capacity, **choice(platform)), platform, scores, count)
     return _equal(found, [np.concatenate([np.full(case.capacity - len(row), -1), row]) for row in best])
 
 
 def _among_best(case: Case, platform: str) -> Outcome:
     scores, count, best = _inputs(case)
-    found = ours(partial(kernels_pallas.among_best, **_choice(platform)), platform, scores, count)
+    found = ours(partial(kernels_pallas.among_best, **choice(platform)), platform, scores, count)
     return _equal([np.flatnonzero(row) for row in found], best)
 
 

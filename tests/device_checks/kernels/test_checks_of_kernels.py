@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastkv_jax.device_checks.kernels import decode, linear, prefill, scores, selection
+from fastkv_jax.device_checks.kernels import append, decode, linear, prefill, scores, selection
 from fastkv_jax.device_checks.kernels.inputs import check_float8
 from fastkv_jax.device_checks.results import Check, Missing
 from fastkv_jax.model import attention
@@ -30,15 +30,19 @@ FAULTS: dict[str, tuple[Any, str, str, Callable[..., Any]]] = {
             q, prompt._replace(positions=jnp.maximum(prompt.positions, 0)), *rest, **o),
     ),
     "one output is a little off": (
-        linear, "linear", "linear.gpu",
-        lambda run: lambda *given, **o: run(*given, **o).at[-1, -1].multiply(1.2),
+        linear, "products", "linear.gpu",
+        lambda run: lambda *given, **o: tuple(y.at[-1, -1].multiply(1.2) for y in run(*given, **o)),
     ),
     "another layer is read": (
-        linear, "linear", "linear.gpu",
-        lambda run: lambda x, weight, layer, **o: run(x, weight, layer - 1, **o),
+        linear, "products", "linear.gpu",
+        lambda run: lambda *given, **o: run(*given[:-1], given[-1] - 1, **o),
+    ),
+    "another slot is written": (
+        append, "append", "append.gpu",
+        lambda run: lambda *given, **o: run(*given[:-2], given[-2] - 1, given[-1], **o),
     ),
     "ties go to the highest index": (
-        selection, "select", "select.tpu",
+        selection, "select", "select.gpu",
         lambda run: lambda scores, count, capacity, **o: scores.shape[1] - 1 - run(
             scores[:, ::-1], count, capacity, **o)[:, ::-1],
     ),
@@ -57,14 +61,14 @@ def test_a_fault_of_a_kernel_is_found_out(fault: str, monkeypatch):
     assert first(module).run().status == "wrong"
 
 
-@pytest.mark.parametrize("module", [scores, decode, linear, prefill, selection])
+@pytest.mark.parametrize("module", [scores, decode, linear, append, prefill, selection])
 def test_without_a_fault_it_is_right(module):
     assert first(module).run().status == "right"
 
 
 def test_padding_that_a_prompt_sees_is_found_out(monkeypatch):
     real = attention._blocked
-    monkeypatch.setitem(attention._LOCAL, "cpu", lambda q, k, v, start: real(q, k, v, jnp.maximum(start - 1, 0)))
+    monkeypatch.setattr(attention, "_blocked", lambda q, k, v, start: real(q, k, v, jnp.maximum(start - 1, 0)))
     assert first(prefill).run().status == "wrong"
 
 
@@ -75,7 +79,7 @@ def test_padding_that_becomes_nan_is_found_out(monkeypatch):
         padding = jnp.arange(q.shape[2])[None] < start[:, None]
         return jnp.where(padding[:, None, :, None], jnp.asarray(np.nan, q.dtype), real(q, k, v, start))
 
-    monkeypatch.setitem(attention._LOCAL, "cpu", leaves_holes)
+    monkeypatch.setattr(attention, "_blocked", leaves_holes)
     outcome = first(prefill).run()
     assert outcome.status == "wrong" and outcome.found.endswith("rows that are not finite")
 
