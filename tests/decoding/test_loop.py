@@ -216,12 +216,19 @@ def test_biases_and_norms_of_heads_are_applied_there(folder: str):
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_a_cache_that_is_cut_into_runs_is_the_same_cache(monkeypatch):
-    """As if 32 bits were few: the 8-bit entries of two of four layers are as many as are found."""
+@pytest.mark.parametrize("kernels", ["gpu", "reference"])
+def test_a_cache_that_is_cut_into_runs_is_the_same_cache(kernels: str, monkeypatch):
+    """As if 32 bits were few: the 8-bit entries of two of four layers are as many as are found.
+
+    Prefill leaves runs where it knows that a GPU will read them; decoding cuts what it is given.
+    """
     whole, cache = decoded_on_a_gpu(model_a(), fk.FullKV(), 5, kv_dtype="int8")
     each = cache.segments[0].k[0].size
     monkeypatch.setattr(gpu_backend, "_NARROW_ELEMENTS", 2 * each)
     monkeypatch.setattr(gpu_backend, "_NARROW_BYTES", 4 * each)
-    cut, cache = decoded_on_a_gpu(model_a(), fk.FullKV(), 5, kv_dtype="int8")
+    options = {"method": fk.FullKV(), "max_new_tokens": 5, "kv_dtype": "int8", "kernels": kernels}
+    left = fk.prefill(model_a(), *ROWS, **options).cache.segments
+    assert [segment.k.shape[0] for segment in left] == ([2, 2] if kernels == "gpu" else [4])
+    cut, cache = decoded_on_a_gpu(model_a(), fk.FullKV(), 5, kv_dtype="int8", kernels=kernels)
     assert [segment.k.shape[0] for segment in cache.segments] == [2, 2]
     np.testing.assert_array_equal(cut, whole)
