@@ -17,6 +17,7 @@ def small_yardsticks(monkeypatch):
     monkeypatch.setitem(device_rates.SIZES, "cpu", (1 << 20, 256))
     monkeypatch.setitem(kernel_cases.STACK, "cpu", 1)
     monkeypatch.setattr(kernel_cases, "MATRICES", ((48, 64),))
+    monkeypatch.setattr(kernel_cases, "NORMED", {"projections": ((48, 16), 64), "gated": ((32, 32), 64)})
 
 
 def test_every_kernel_is_set_against_the_copy_and_the_product(capsys):
@@ -24,12 +25,13 @@ def test_every_kernel_is_set_against_the_copy_and_the_product(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["copy_bytes_per_s"] != 0 and found["product_flops_per_s"] != 0 and found["kernels"] == "reference"
     assert [row["op"] for row in found["rows"]] == ["window_scores", "select", *["decode_attention"] * 3,
-                                                    "linear", "prefill attention"]  # fmt: skip
-    scores, select, decode, small, _, linear, _ = found["rows"]
+                                                    "linear", "projections", "gated", "prefill attention"]  # fmt: skip
+    scores, select, decode, small, _, linear, projections, gated, _ = found["rows"]
     assert scores["bytes"] == 4 * (8 * 256 * 128 + 32 * 8 * 128 + 8 * 256) and scores["target"] == 0.85
     assert scores["flops"] == 2 * 32 * 8 * 128 * 256 and select["target"] is None
     assert decode["target"] == 0.75 and small["bytes"] < 0.6 * decode["bytes"]
     assert linear["bytes"] == 4 * 48 * 64 and linear["flops"] == 2 * 48 * 64 and linear["target"] == 0.75
+    assert projections["bytes"] == gated["bytes"] == 4 * 64 * 64 and gated["flops"] == 2 * 64 * 64
 
 
 def test_a_table_without_json(capsys):

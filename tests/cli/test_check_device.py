@@ -120,7 +120,8 @@ def test_steps_without_time_are_rows(capfd, monkeypatch):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, TERMINATED)])
 def test_whoever_ends_it_gets_what_there_is(number, code, tmp_path):
     file = tmp_path / "report.json"
-    command = [sys.executable, "scripts/check_device.py", *QUIET, "--output", str(file)]
+    listens = ["env", "--default-signal=INT"]  # a shell's background jobs ignore Ctrl-C, and so would their children
+    command = [*listens, sys.executable, "scripts/check_device.py", *QUIET, "--output", str(file)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
     ) as process:
