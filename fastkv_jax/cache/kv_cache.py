@@ -9,6 +9,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from fastkv_jax.cache.segment import SegmentKV
@@ -86,9 +87,9 @@ class KVCache:
                 return segment if whole else jax.tree.map(lambda a, mine=mine: a[mine], segment)
         raise IndexError(f"layers {first}..{stop - 1} are not in one of the runs {self.edges}")
 
-    def in_runs(self) -> "KVCache":
+    def in_runs(self, mesh: Mesh | None = None) -> "KVCache":
         """The same with segments cut where a GPU's kernels would not find every entry; itself if they do."""
-        segments = tuple(run for segment in self.segments for run in segment.in_runs())
+        segments = tuple(run for segment in self.segments for run in segment.in_runs(mesh))
         return self if len(segments) == len(self.segments) else self.replace(segments=segments)  # pyright: ignore
 
     def layer(self, index: int) -> LayerKV:

@@ -1,6 +1,7 @@
 """What a prompt leaves in a run of layers: its entries, by head or flat, in the model's numbers or in 8 bits."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from fastkv_jax.cache.select import choose
 from fastkv_jax.errors import FastKVConfigError, InputError
+from fastkv_jax.model.sharding import DATA, MODEL, spec
 from kernels_pallas import Slots, quantize
 from kernels_pallas.gpu_backend import fits_offsets
 
@@ -111,10 +114,12 @@ class SegmentKV:
 
         return self.each(pad)
 
-    def in_runs(self) -> list["SegmentKV"]:
-        """Itself, or the fewest runs of its layers in which a GPU's kernels find every entry."""
-        layers = self.k.shape[0]
-        edges = [0, *accumulate(runs_of(layers, self.k.size // max(layers, 1), self.k.dtype.itemsize))]
+    def in_runs(self, mesh: Mesh | None) -> list["SegmentKV"]:
+        """Itself, or the fewest runs of its layers in which a GPU's kernels find every entry, each device its own."""
+        layers, *one = self.k.shape
+        parts = [] if mesh is None else [mesh.shape[axis] for axis in spec(mesh, tuple(one), DATA, MODEL) if axis]
+        elements = math.prod(one) // math.prod(parts)
+        edges = [0, *accumulate(runs_of(layers, elements, self.k.dtype.itemsize))]
         if len(edges) == 2:
             return [self]
         return [jax.tree.map(lambda a, i=i, j=j: a[i:j], self) for i, j in pairwise(edges)]
@@ -136,7 +141,8 @@ class SegmentKV:
 def runs_of(layers: int, elements: int, itemsize: int) -> list[int]:
     """How many layers go into each of the fewest runs in which a GPU's kernels find every entry.
 
-    `elements`: keys of one layer, in numbers of `itemsize` bytes. Raises `FastKVConfigError` if there is no such run.
+    `elements`: keys of one layer on one device, in numbers of `itemsize` bytes. Raises `FastKVConfigError` if no run
+    is right.
     """
     for count in range(1, layers + 1):
         sizes = [layers // count + (i < layers % count) for i in range(count)]

@@ -80,7 +80,8 @@ def _decode_chunk(model, segments, loop: _Loop, limit, *, sampler, stop_tokens, 
         token = jnp.where(rest, pad_token, sampler(logits, now))
         finite = loop.finite & (jnp.isfinite(logits).all(axis=-1) | rest).all()
         count = loop.count + jnp.where(ended(loop), 0, 1)
-        loop = _Loop(token, loop.done | _is_stop(token, stop_tokens), finite, count, key, _changing(cache))
+        done = loop.done | (_is_stop(token, stop_tokens) & ~rest)
+        loop = _Loop(token, done, finite, count, key, _changing(cache))
         return loop, lax.dynamic_update_index_in_dim(made, token, index, 0)
 
     carry = loop, jnp.full((CHUNK, *loop.token.shape), pad_token, loop.token.dtype)
@@ -138,7 +139,7 @@ def decode_chunks(
     stops = _stops(model, stop_tokens)
     options, loop = _options(model, sampler, stops, kernels), None
     if options["kernels"] == "gpu":
-        prompt = prompt.replace(cache=prompt.cache.in_runs())  # pyright: ignore
+        prompt = prompt.replace(cache=prompt.cache.in_runs(model.mesh))  # pyright: ignore
     if max_new_tokens > 0:
         loop = _first_token(prompt, _key(sampler, key), sampler=sampler, stop_tokens=stops)
     return Decoding(model, prompt, loop, max_new_tokens, options)
@@ -156,7 +157,7 @@ def compile_decode(
     stops = _stops(model, stop_tokens)
     loop = _first_token(prompt, jax.random.key(0), sampler=sampler, stop_tokens=stops)
     options = _options(model, sampler, stops, kernels)
-    cache = prompt.cache.in_runs() if options["kernels"] == "gpu" else prompt.cache
+    cache = prompt.cache.in_runs(model.mesh) if options["kernels"] == "gpu" else prompt.cache
     return _decode_chunk.lower(model, cache.segments, loop, 1, **options).compile()
 
 

@@ -38,7 +38,7 @@ def decode_step(
         slots = max(segment.k.shape[3] for segment in cache.segments) + cache.max_new_tokens
         raise InputError(f"cache is full ({slots}/{slots}): it has room for max_new_tokens={cache.max_new_tokens}")
     kernels = kernels or KERNELS[model.platform]
-    cache = cache.in_runs() if kernels == "gpu" else cache
+    cache = cache.in_runs(model.mesh) if kernels == "gpu" else cache
     return _decode_jit(model, jnp.asarray(token, jnp.int32), cache, kernels=kernels)
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Int
 
 from fastkv_jax.buckets import TILE
 from fastkv_jax.cache.kv_cache import KVCache
-from fastkv_jax.cache.segment import SegmentKV, joined, runs_of
+from fastkv_jax.cache.segment import SegmentKV, joined
 from fastkv_jax.methods.base import Method
 from fastkv_jax.methods.plan import Stage, static_plan
 from fastkv_jax.model.llama import Llama
@@ -105,8 +105,12 @@ class Pass:
         if self.static.kernels != "gpu" or self.static.kv_dtype is None:
             return [layers]
         _, (one,) = jax.eval_shape(lambda: self._run(call, layers[:1]))
-        sizes = [len(layers)] if one is None else runs_of(len(layers), one.k.size, one.k.dtype.itemsize)
-        return [layers[i:j] for i, j in pairwise([0, *accumulate(sizes)])]
+        if one is None:
+            return [layers]
+        every = one.each(lambda a, _: jax.ShapeDtypeStruct((len(layers), *a.shape[1:]), a.dtype))
+        sizes = jax.eval_shape(lambda cache: cache.in_runs(self.model.mesh), every)
+        edges = [0, *accumulate(run.k.shape[0] for run in sizes)]
+        return [layers[i:j] for i, j in pairwise(edges)]
 
     def layers(self, layers: Sequence[int]) -> None:
         """Run these layers of the stage, and keep their entries."""

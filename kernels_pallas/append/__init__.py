@@ -1,5 +1,6 @@
 """What a decode step does between its projections and its attention: rotate, and write to the cache."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.append import reference
@@ -23,12 +24,15 @@ def append(
     turn     cosine and sine of each row's angles, each half repeated, float32
     buffers  keys and values of all layers, updated in place where XLA can; behind their last slot nothing is written
 
-    On a GPU one kernel does what XLA makes three of. Raises `ValueError` where the shapes or dtypes do not fit.
+    On a GPU one kernel does what XLA makes three of. Raises `ValueError` where the shapes or dtypes do not fit, or the
+    buffers have no slot.
     """
-    sizes = {a.shape[0] for a in (q, k, v, *turn)} | {a.shape[1] for a in buffers}
-    heads = {a.shape[1] for a in (k, v)} | {a.shape[2] for a in buffers}
-    dims = {a.shape[-1] for a in (q, k, v, *turn, *buffers)}
-    if max(len(sizes), len(heads), len(dims), len({a.dtype for a in (q, k, v, *buffers)})) > 1 or q.shape[-1] % 2:
+    (batch, heads, dim), kv_heads = q.shape, k.shape[1]
+    layers, slots = buffers[0].shape[0], buffers[0].shape[3]
+    wanted = [(k, (batch, kv_heads, dim)), (v, (batch, kv_heads, dim)), *((a, (batch, dim)) for a in turn)]
+    wanted += [(a, (layers, batch, kv_heads, slots, dim)) for a in buffers]
+    same = all(a.dtype == q.dtype for a in (k, v, *buffers)) and all(a.dtype == jnp.float32 for a in turn)
+    if any(a.shape != shape for a, shape in wanted) or not same or dim % 2 or heads % kv_heads or not slots:
         given = ", ".join(f"{a.dtype}{list(a.shape)}" for a in (q, k, v, *turn, *buffers))
         raise ValueError(f"append: {given}")
     if implementation in ("reference", "tpu"):

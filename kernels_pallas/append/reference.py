@@ -16,7 +16,5 @@ def _write(buffer, entries, used, layer):
     """Where there is no such slot, the last one gets what it holds."""
     place, size = (layer, 0, 0, used, 0), (1, *buffer.shape[1:3], 1, buffer.shape[4])
     entries = entries[None, :, :, None]
-    if buffer.shape[3]:
-        entries = jnp.where(used < buffer.shape[3], entries, lax.dynamic_slice(buffer, place, size))
-        return lax.dynamic_update_slice(buffer, entries, place)
-    return buffer
+    entries = jnp.where(used < buffer.shape[3], entries, lax.dynamic_slice(buffer, place, size))
+    return lax.dynamic_update_slice(buffer, entries, place)

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas.arithmetic import product, round_up
-from kernels_pallas.decode_attention.parts import Slots
+from kernels_pallas.decode_attention.parts import Slots, mixed_in
 from kernels_pallas.gpu_backend import check_offsets, gpu_call, triton
 
 _DOT = 16  # tensor cores multiply no smaller matrices
@@ -65,6 +65,7 @@ class Part(NamedTuple):
 
 
 def _part(q, slots: Slots, before: int, tiles: Tiles | None) -> Part:
+    """Of q [B, H, D] and slots [L, B, N, C, ...]: programs for all of them, `before` splits being other parts'."""
     batch, query_heads, dim = q.shape
     heads, capacity = slots.k.shape[2:4]
     rows, lanes = query_heads // heads, max(_DOT, pl.next_power_of_2(dim))
@@ -74,6 +75,7 @@ def _part(q, slots: Slots, before: int, tiles: Tiles | None) -> Part:
 
 
 def decode_attention(q, prompt: Slots, new: Slots, filled, layer, *, interpret=False, tiles: Tiles | None = None):
+    """[B, H, D] of q [B, H, D]. Raises `ValueError` for entries that a kernel would not find."""
     batch, query_heads, dim = q.shape
     there = [(slots, at.reshape(1)) for slots, at in zip((prompt, new), layer, strict=True) if slots.k.shape[3]]
     parts: list[Part] = []
@@ -135,7 +137,7 @@ def _attend(program, filled_ref, q_ref, slots: Slots, layer_ref, out_ref, log_su
     real = (row < part.rows)[:, None] & (lane < dim)[None]
     q = triton().load(q_ref.at[(*place, lane[None])], mask=real, other=0)
     begin = split * part.share
-    used = filled_ref[batch] if slots.positions is None else capacity
+    used = jnp.minimum(filled_ref[batch], capacity) if slots.positions is None else capacity
     end = jnp.minimum(begin + part.share, used)
 
     def turn(tile, carry):
@@ -146,13 +148,13 @@ def _attend(program, filled_ref, q_ref, slots: Slots, layer_ref, out_ref, log_su
         def numbers(ref):
             return triton().load(ref.at[layer_ref[0], batch, head, slot], mask=inside, other=0)
 
-        def entries(ref):
+        def entries(ref, dtype):
             mask = inside[:, None] & (lane < dim)[None]
             loaded = triton().load(ref.at[layer_ref[0], batch, head, slot[:, None], lane[None]], mask=mask)
-            loaded = loaded.astype(q.dtype)
+            loaded = loaded.astype(dtype)
             return jnp.where(mask, loaded, jnp.zeros_like(loaded))  # not load(other=0): Triton has no float8 zero
 
-        logits = product(q, entries(slots.k), 1) * dim**-0.5  # [rows, slots]
+        logits = product(q, entries(slots.k, q.dtype), 1) * dim**-0.5  # [rows, slots]
         if slots.k_scale is not None:
             logits *= numbers(slots.k_scale).astype(jnp.float32)[None]
         there = inside[None]
@@ -168,7 +170,8 @@ def _attend(program, filled_ref, q_ref, slots: Slots, layer_ref, out_ref, log_su
         total = total * fade + weights.sum(axis=1)
         if slots.v_scale is not None:
             weights *= numbers(slots.v_scale).astype(jnp.float32)[None]
-        return most, total, out * fade[:, None] + product(weights.astype(q.dtype), entries(slots.v), 0)
+        dtype = mixed_in(q.dtype, slots)
+        return most, total, out * fade[:, None] + product(weights.astype(dtype), entries(slots.v, dtype), 0)
 
     nothing = jnp.full(tiles.rows, -jnp.inf), jnp.zeros(tiles.rows), jnp.zeros(q.shape)
     turns = lax.div(jnp.maximum(end - begin, 0) + tiles.slots - 1, tiles.slots)

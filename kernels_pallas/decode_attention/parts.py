@@ -26,6 +26,12 @@ class Slots(NamedTuple):
     v_scale: Any = None  # [*L, B, N, C] bfloat16
 
 
+def mixed_in(queries: jnp.dtype, slots: Slots) -> jnp.dtype:
+    """What weights and values are multiplied in: as the queries, but that weights times 8-bit scales would vanish in
+    float16, below 6e-8; bfloat16 holds them, and 8-bit values exactly."""
+    return jnp.dtype(jnp.bfloat16) if slots.v_scale is not None and queries == jnp.float16 else jnp.dtype(queries)
+
+
 # attend(q [B, H, D], slots, layer [], used [B], group) -> out [B, H, P, D] float32, log_sum_exp [B, H, P] float32, of P
 # parts: attention over the layer's first `used` slots; log_sum_exp is -inf and out 0 where a query sees none of them.
 Attend = Callable[[jax.Array, Slots, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]

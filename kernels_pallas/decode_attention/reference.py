@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.decode_attention.parts import Slots
+from kernels_pallas.decode_attention.parts import Slots, mixed_in
 
 
 def decode_attention(q, prompt: Slots, decoded: Slots, filled, layer):
@@ -22,7 +22,8 @@ def decode_attention(q, prompt: Slots, decoded: Slots, filled, layer):
     weights = jax.nn.softmax(flat, axis=-1)
     capacity = k_prompt.shape[2]
     old, new = weights[..., :capacity], weights[..., capacity:]
-    return (_mix(old, v_prompt, v_scale, q.dtype) + _mix(new, v_new, None, q.dtype)).astype(q.dtype)
+    of_prompt = _mix(old, v_prompt, v_scale, mixed_in(q.dtype, prompt))
+    return (of_prompt + _mix(new, v_new, None, q.dtype)).astype(q.dtype)
 
 
 def _of_layer(slots: Slots, layer) -> Slots:

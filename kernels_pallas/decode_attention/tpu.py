@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.arithmetic import product, round_up
-from kernels_pallas.decode_attention.parts import Slots, attend_to_both
+from kernels_pallas.decode_attention.parts import Slots, attend_to_both, mixed_in
 from kernels_pallas.dispatch import tpu_interpret
 
 _LANES = 128
@@ -129,11 +129,12 @@ def _kernel(
 
         if slots.v_scale is not None:
             weights = jnp.where(there, weights * slots.v_scale[...].astype(jnp.float32)[:, None], 0.0)
-        values = slots.v[...].astype(q_ref.dtype)
+        dtype = mixed_in(q_ref.dtype, slots)
+        values = slots.v[...].astype(dtype)
         if capacity % size:  # behind the end of the array stands anything, and 0 * NaN is NaN
             slot = step * size + lax.broadcasted_iota(jnp.int32, values.shape, 1)
             values = jnp.where(slot < capacity, values, jnp.zeros_like(values))
-        out_ref[...] = out_ref[...] * fade + product(weights.astype(q_ref.dtype), values, 1, batched=1)
+        out_ref[...] = out_ref[...] * fade + product(weights.astype(dtype), values, 1, batched=1)
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _():

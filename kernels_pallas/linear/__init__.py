@@ -45,7 +45,7 @@ def linear(
 
     Raises `ValueError` where the shapes or dtypes do not fit.
     """
-    _check("linear", x, weight, *(a for a in (bias, residual) if a is not None))
+    _check("linear", x, [weight], biases=[bias], residual=residual)
     if _is_reference(implementation, x):
         return reference.linear(x, weight, layer, bias, residual)
     run = kernels("linear", implementation).products
@@ -67,7 +67,7 @@ def projections(
     Raises `ValueError` where the shapes or dtypes do not fit.
     """
     biases = tuple(biases or (None,) * len(weights))
-    _check("projections", x, *weights, norm.weight, *(a for a in biases if a is not None))
+    _check("projections", x, weights, norm, biases)
     if _is_reference(implementation, x):
         return reference.projections(x, norm, weights, layer, biases)
     x, inside = _norm_inside(x, norm, layer)
@@ -89,7 +89,9 @@ def gated(
 
     Raises `ValueError` where the shapes or dtypes do not fit.
     """
-    _check("gated", x, gate, up, norm.weight)
+    _check("gated", x, [gate, up], norm)
+    if gate.shape != up.shape:
+        raise ValueError(f"gated: a gate of {list(gate.shape)} and {list(up.shape)}")
     if _is_reference(implementation, x):
         return reference.gated(x, norm, gate, up, layer)
     x, inside = _norm_inside(x, norm, layer)
@@ -97,7 +99,7 @@ def gated(
 
 
 def _is_reference(implementation: Implementation, x: jax.Array) -> bool:
-    return implementation in ("reference", "tpu") or x.shape[0] > MOST_ROWS
+    return implementation in ("reference", "tpu") or (implementation == "gpu" and x.shape[0] > MOST_ROWS)
 
 
 def _norm_inside(x: jax.Array, norm: Norm, layer: jax.Array) -> tuple[jax.Array, Norm | None]:
@@ -107,12 +109,19 @@ def _norm_inside(x: jax.Array, norm: Norm, layer: jax.Array) -> tuple[jax.Array,
     return rms_norm(x, reference.of_layer(norm.weight, layer), norm.eps), None
 
 
-def _check(name: str, x: jax.Array, weight: jax.Array, *others: jax.Array) -> None:
-    """Axes are checked where they meet: `others` are matrices [L, O, I], vectors [L, N] and the residual [B, O]."""
-    matrices = [weight, *(a for a in others if a.ndim == 3)]
-    wide = [m for m in matrices if m.ndim != 3 or x.ndim != 2 or m.shape[2] != x.shape[1]]
-    sizes = {x.shape[-1], *(m.shape[1] for m in matrices if m.ndim == 3)}
-    loose = [a for a in others if a.ndim == 2 and a.shape[1] not in sizes]
-    if wide or loose or any(a.dtype != x.dtype for a in (*matrices, *others)):
-        given = ", ".join(f"{a.dtype}{list(a.shape)}" for a in (*matrices, *(a for a in others if a.ndim != 3)))
+def _check(
+    name: str,
+    x: jax.Array,
+    weights: Sequence[jax.Array],
+    norm: Norm | None = None,
+    biases: Sequence[jax.Array | None] = (),
+    residual: jax.Array | None = None,
+) -> None:
+    """Raise `ValueError` unless everything has the shape that x [B, I] and the weights [L, O, I] ask for."""
+    shapes = [(w, (weights[0].shape[0], w.shape[1], x.shape[-1])) for w in weights if w.ndim == 3]
+    shapes += [(b, w.shape[:2]) for b, w in zip(biases, weights, strict=bool(biases)) if b is not None]
+    shapes += [] if norm is None else [(norm.weight, (weights[0].shape[0], x.shape[-1]))]
+    shapes += [] if residual is None else [(residual, (x.shape[0], weights[0].shape[1]))]
+    if x.ndim != 2 or any(w.ndim != 3 for w in weights) or any(a.shape != b or a.dtype != x.dtype for a, b in shapes):
+        given = ", ".join(f"{a.dtype}{list(a.shape)}" for a in (*weights, *(a for a, _ in shapes[len(weights) :])))
         raise ValueError(f"{name}: {x.dtype}{list(x.shape)} times {given}")

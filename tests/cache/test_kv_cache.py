@@ -186,6 +186,8 @@ def test_only_segments_of_8_bits_are_cut_and_every_layer_stays_the_same(cache):
     small = cache.replace(segments=tuple(segment.quantized("int8") for segment in cache.segments))
     cut = small.in_runs()  # 2 * 112 and 3 * 64 numbers
     assert [segment.k.shape[0] for segment in cut.segments] == [1, 1, 2, 1]
+    halves = small.in_runs(jax.make_mesh((2,), ("model",), devices=jax.devices()[:2]))  # a head each: 112 and 96
+    assert [segment.k.shape[0] for segment in halves.segments] == [2, 3]
     for index in range(5):
         for mine, other in zip(cut.layer(index), small.layer(index), strict=True):
             np.testing.assert_array_equal(mine, other)

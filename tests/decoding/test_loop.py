@@ -207,6 +207,23 @@ def test_rows_end_at_their_stop_tokens_there_as_well():
 
 
 @pytest.mark.usefixtures("interpreted")
+def test_turns_that_do_not_count_end_no_row():
+    """They emit the pad token, which may be a stop token as well."""
+    prompt = fk.prefill(model_a(), *ROWS, method=fk.FullKV(), max_new_tokens=4)
+    made = [done for _, done in decode_chunks(model_a(), prompt, max_new_tokens=4, stop_tokens=(0,), kernels="gpu")]
+    np.testing.assert_array_equal(made[-1], [False, False])
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("axis", ["data", "model"])
+def test_two_gpus_make_the_same_tokens(axis: str):
+    mesh = jax.make_mesh((2,), (axis,), devices=jax.devices()[:2])
+    made, _ = decoded_on_a_gpu(fk.load_model(MODEL_A, dtype="float32", mesh=mesh), FASTKV, 5, kv_dtype="int8")
+    theirs = fk.generate(model_a(), *ROWS, method=FASTKV, max_new_tokens=5, stop_tokens=(), kv_dtype="int8")
+    np.testing.assert_array_equal(made, theirs.tokens)
+
+
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("folder", ["qwen2", "qwen3"])
 def test_biases_and_norms_of_heads_are_applied_there(folder: str):
     model = fk.load_model(GOLDEN / "transformers" / folder, dtype="float32")

@@ -62,13 +62,17 @@ def test_behind_the_last_slot_nothing_is_written(implementation, used):
 
 
 @pytest.mark.usefixtures("own_checks_only")
-@pytest.mark.parametrize("wrong", ["k", "buffers", "turn", "odd"])
+@pytest.mark.parametrize("wrong", ["k", "buffers", "turn", "odd", "slots", "group"])
 def test_what_does_not_fit_is_refused(wrong):
     (q, k, v), turn, buffers = drawn(4, 2, 8, jnp.float32)
     if wrong == "k":
         k = k[:, :1]
     elif wrong == "buffers":
         buffers = [buffer.astype(jnp.bfloat16) for buffer in buffers]
+    elif wrong == "slots":
+        buffers = [buffer[:, :, :, :0] for buffer in buffers]
+    elif wrong == "group":
+        q = q[:, :3]
     elif wrong == "turn":
         turn = turn[0][:, :4], turn[1]
     else:

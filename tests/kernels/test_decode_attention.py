@@ -125,6 +125,31 @@ def test_agrees_for_caches_of_8_bits(implementation, cache, dtype):
 
 
 @every_implementation
+def test_scales_do_not_vanish_in_half_precision(implementation):
+    """A weight of 2e-4 times a scale of 8e-5 is nothing in float16; 2,047 such entries are most of the result."""
+    q, k, v, positions, k_new, v_new = inputs(0, 4, 2, 2, capacity=2048, dim=64)
+    k[:], k[:, :, 0], q[:] = 0, 1, 1.0625  # the first entry's logit is 8.5, the others' are 0
+    v = 0.01 + 0.001 * v
+    v[:, :, 0] = 1e-3
+    (k, k_scale), (v, v_scale) = (kernels_pallas.quantize(jnp.asarray(x), jnp.int8) for x in (k, v))
+    q, k_new, v_new = (x.astype(jnp.float16) for x in (q, k_new - k_new, 0 * v_new))
+    run, filled = IMPLEMENTATIONS[implementation], np.int32([1, 1])
+    ours = run(q, k, v, positions, k_new, v_new, filled, k_scale=k_scale, v_scale=v_scale)
+    given = (np.asarray(a, np.float64) for a in (q, k, v))
+    exact = expected(*given, positions, np.float64(k_new), np.float64(v_new), filled, None, k_scale, v_scale)
+    np.testing.assert_allclose(np.asarray(ours, np.float64), exact, rtol=0.02)
+
+
+@pytest.mark.parametrize("implementation", ["gpu"])
+@pytest.mark.parametrize("filled", [NEW + 1, NEW + 9])
+def test_more_than_the_buffer_holds_is_not_read(implementation, filled):
+    """Where the number of new tokens runs ahead, as in a row that has ended: slots behind the last are others'."""
+    given = inputs(1, 4, 2, 2)
+    run = IMPLEMENTATIONS[implementation]
+    np.testing.assert_array_equal(run(*given, np.int32([filled] * 2)), run(*given, np.int32([NEW] * 2)))
+
+
+@every_implementation
 @pytest.mark.parametrize("cache", [jnp.float32, jnp.int8])
 def test_a_layer_is_read_where_it_is_among_others(implementation: str, cache):
     """Three layers of prompt entries, two of new ones; heads and scales, too, are of all layers."""

@@ -149,6 +149,9 @@ def test_many_rows_are_the_library_s():
         (np.ones(3), np.ones((1, 4, 3)), {}),
         (np.ones((2, 3), np.float32), np.ones((1, 4, 3)), {}),
         (np.ones((2, 3)), np.ones((1, 4, 3)), {"bias": np.ones((1, 5))}),
+        (np.ones((2, 3)), np.ones((1, 4, 3)), {"bias": np.ones((1, 3))}),
+        (np.ones((2, 3)), np.ones((2, 4, 3)), {"bias": np.ones((1, 4))}),
+        (np.ones((2, 3)), np.ones((1, 4, 3)), {"residual": np.ones((1, 4))}),
         (np.ones((2, 3)), np.ones((1, 4, 3)), {"residual": np.ones((2, 4), np.float32)}),
     ],
 )
@@ -161,3 +164,12 @@ def test_what_does_not_fit_is_refused(x, weight, more):
             kernels_pallas.projections(x, norm, [weight], jnp.int32(0))
         with pytest.raises(ValueError, match="gated: float"):
             kernels_pallas.gated(x, norm, weight, weight, jnp.int32(0))
+
+
+@pytest.mark.usefixtures("own_checks_only")
+def test_a_gate_is_as_high_as_its_other_half_and_a_kernel_has_a_name():
+    x, norm = jnp.ones((65, 3)), Norm(jnp.ones((1, 3)), EPS)
+    with pytest.raises(ValueError, match=r"gated: a gate of \[1, 4, 3\] and \[1, 5, 3\]"):
+        kernels_pallas.gated(x, norm, jnp.ones((1, 4, 3)), jnp.ones((1, 5, 3)), jnp.int32(0))
+    with pytest.raises(ValueError, match="implementation must be"):
+        kernels_pallas.linear(x, jnp.ones((1, 4, 3)), jnp.int32(0), implementation="gpus")
