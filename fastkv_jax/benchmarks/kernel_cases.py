@@ -16,11 +16,18 @@ from fastkv_jax.benchmarks.device_rates import Case, yardsticks
 from fastkv_jax.model.attention import attention
 from kernels_pallas import Slots
 
+FLOAT8 = "float8_e4m3fn"
 HEADS, KV_HEADS, DIM, WINDOW, NEW = 32, 8, 128, 8, 128
 MATRICES = ((4096, 4096), (4096, 14_336))  # wo and w_down, O x I
 NORMED = {"projections": ((4096, 1024, 1024), 4096), "gated": ((14_336, 14_336), 4096)}  # heights and I
 STACK = {"cpu": 1 << 27}  # bytes that layers in turn have at least: several times what a cache holds
 LARGE_STACK = 1 << 29  # on the other platforms
+
+
+def has_float8(platform: str) -> bool:
+    """Whether the device has float8_e4m3fn: an NVIDIA GPU from compute capability 8.9 on."""
+    capability = getattr(jax.local_devices()[0], "compute_capability", None)
+    return platform != "gpu" or capability is None or float(capability) >= 8.9
 
 
 def cases(platform: Any, kernels: Any, tokens: list[int], slots: list[int], rows: int) -> list[Case]:
@@ -29,8 +36,9 @@ def cases(platform: Any, kernels: Any, tokens: list[int], slots: list[int], rows
     found = [*yardsticks(platform)]
     for t in tokens:
         found += [made.window_scores(t), made.select(t)]
+    kinds = [made.dtype.name, "int8", *[FLOAT8] * has_float8(platform)]
     for c in slots:
-        found += [made.decode_attention(c, kind) for kind in (made.dtype.name, "int8", "float8_e4m3fn")]
+        found += [made.decode_attention(c, kind) for kind in kinds]
     found += [made.linear(out, inner) for out, inner in MATRICES]
     found += [made.normed(name, *sizes) for name, sizes in NORMED.items()]
     return [*found, made.prefill_attention(min(4096 if platform == "cpu" else 32_768, max(tokens)))]

@@ -54,6 +54,7 @@ def _run(options: argparse.Namespace) -> int:
     import jax
 
     from fastkv_jax.benchmarks.kernel_cases import cases as cases_of
+    from fastkv_jax.benchmarks.kernel_cases import has_float8
     from fastkv_jax.cli.asking.report import Reporter
 
     kernels = options.kernels or ("reference" if platform == "cpu" else platform)
@@ -61,6 +62,8 @@ def _run(options: argparse.Namespace) -> int:
     say = Reporter(quiet=options.quiet)
     say.header(platform, "float32" if platform == "cpu" else "bfloat16")
     cases = cases_of(platform, kernels, tokens, options.slots or [4096, 13_184], options.rows)
+    if not has_float8(platform):
+        say.line("left out", "caches of float8_e4m3fn, which this device does not have")
     _time(cases, options.repeats, say)
     found = {
         "device": jax.local_devices()[0].device_kind,

@@ -6,11 +6,14 @@ from functools import partial
 from typing import Any
 
 from fastkv_jax.benchmarks.device_rates import Case
-from fastkv_jax.benchmarks.kernel_cases import cases
-from fastkv_jax.device_checks.kernels.inputs import FLOAT8, check_float8
-from fastkv_jax.device_checks.results import Check, Outcome, measured
+from fastkv_jax.benchmarks.kernel_cases import FLOAT8, cases
+from fastkv_jax.device_checks.device import need
+from fastkv_jax.device_checks.kernels.inputs import check_float8
+from fastkv_jax.device_checks.results import Check, DoesNotFit, Outcome, measured
 from fastkv_jax.device_checks.speed import device, time_case
 from fastkv_jax.model.platforms import KERNELS
+
+ARRAYS = 11e9  # bytes of all cases' arrays, and of the two that the rates are measured with
 
 
 def checks(platform: Any, quick: bool) -> Iterator[Check]:
@@ -18,8 +21,17 @@ def checks(platform: Any, quick: bool) -> Iterator[Check]:
     tokens, slots, rows = ([256], [128], 1) if platform == "cpu" else ([32_768, 131_072], [4096, 13_184], 8)
     if quick:
         tokens, slots = tokens[:1], slots[:1]
+    try:
+        need(0 if platform == "cpu" else ARRAYS)
+    except DoesNotFit as reason:
+        yield Check("all kernels", partial(_raise, reason))
+        return
     for case in cases(platform, KERNELS[platform], tokens, slots, rows)[2:]:  # the first are the yardsticks
         yield Check(f"{case.name} {case.shape}", partial(_time, case, platform, 1 if platform == "cpu" else 3))
+
+
+def _raise(reason: Exception) -> Outcome:
+    raise reason
 
 
 def _time(case: Case, platform: Any, repeats: int) -> Outcome:

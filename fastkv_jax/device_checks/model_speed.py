@@ -16,6 +16,7 @@ from fastkv_jax.device_checks.device import need
 from fastkv_jax.device_checks.results import Check, Outcome, measured
 from fastkv_jax.device_checks.speed import device
 from fastkv_jax.methods import FullKV, Method, presets
+from fastkv_jax.model.config import LlamaConfig
 from fastkv_jax.model.llama import Llama
 
 NEW, REPEATS = 64, 1  # after a warm-up
@@ -39,6 +40,11 @@ def _model(name: str, dtype: Any) -> Llama:
     return jax.block_until_ready(jax.jit(lambda: Llama(config, nnx.Rngs(0), dtype))())
 
 
+def _drawing(config: LlamaConfig) -> int:
+    """Bytes that the generator takes while it draws the largest matrix, of all layers together."""
+    return 8 * config.num_layers * config.intermediate_size * config.hidden_size
+
+
 def _method(name: str, num_layers: int) -> Method:
     return FullKV() if name == "full" else presets.build(name, presets.load("paper"), {}, num_layers)
 
@@ -47,7 +53,8 @@ def _time(platform: str, name: str, tokens: int, method_name: str, done: dict[tu
     config, dtype = shapes.config(name, 1 << 18), jnp.dtype("float32" if platform == "cpu" else "bfloat16")
     method = _method(method_name, config.num_layers)
     cache_size = costs.cache_bytes(config, method, tokens, NEW, dtype.itemsize)
-    need(costs.weight_count(config) * dtype.itemsize + cache_size + WORKING * tokens / 131_072)
+    weights = costs.weight_count(config) * dtype.itemsize
+    need(weights + max(cache_size + WORKING * tokens / 131_072, _drawing(config)))
     able = device(platform)
     model = _model(name, dtype)
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, (1, tokens), dtype=np.int32)

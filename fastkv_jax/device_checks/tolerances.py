@@ -10,7 +10,8 @@ at the highest precision, so that only what the kernel itself rounds is left:
                matrix unit does if nobody asks for more, is above 1e-4
     scores     of any dtype as float32: products of 16-bit numbers are exact in it, and nothing else is rounded
 
-Caches of 8 bits are as exact as their queries' dtype: the reference reads the same 8 bits.
+Caches of 8 bits are as exact as their queries' dtype: the reference reads the same 8 bits. For float16 their values are
+mixed in bfloat16, as scales would vanish (`kernels_pallas.decode_attention.parts.mixed_in`), and so is the tolerance.
 """
 
 import numpy as np

@@ -14,9 +14,10 @@ from dataclasses import replace
 from typing import IO, Any
 
 from fastkv_jax import json_lines
-from fastkv_jax.device_checks.results import DIED, Row
+from fastkv_jax.device_checks.results import DIED, LATE, Row
 from fastkv_jax.errors import Terminated
 
+HANGS = 0.5  # of a step's time: a check that takes more has hung, others were only too many
 GRACE = 2.0  # seconds between asking a process to end and ending it
 TRACE = re.compile(
     r"\s*(@ |\*\*\*|#\d|File \"|Fatal Python error|Current thread|Thread 0x|Extension modules|<no Python)"
@@ -56,8 +57,9 @@ def rows(step: str, words: list[str], seconds: float, *, verbose: bool) -> Itera
             sys.stderr.write(said)
         if code == 0:
             return
-        row = _last_row(code, said, seconds)
-        yield replace(row, step=step, check=begun, seconds=time.monotonic() - since)
+        took = time.monotonic() - since
+        row = _last_row(code, said, seconds, hung=not begun or took > HANGS * seconds)
+        yield replace(row, step=step, check=begun, seconds=took)
         if code is None or done == before:  # no time left, or it would die again before its first check
             return
 
@@ -105,11 +107,12 @@ def _said(process: subprocess.Popen[bytes], clock: Clock) -> Iterator[dict[str, 
                 yield from (value for _, value in json_lines.values(line.decode()))
 
 
-def _last_row(code: int | None, said: str, seconds: float) -> Row:
-    """How a process ended: by its time, by a signal, by itself."""
+def _last_row(code: int | None, said: str, seconds: float, hung: bool) -> Row:
+    """How a process ended: by its time, which is a fault if a check hung; by a signal; by itself."""
     if code is None:
-        how = f"not done within {seconds:,.0f} s"
-    elif code < 0:
+        told = f"not done within {seconds:,.0f} s"
+        return Row("", "", DIED if hung else LATE, told, {"exit_code": None}, details=said[-4000:])
+    if code < 0:
         how = f"killed by {signal.Signals(-code).name}"
     else:
         how = ""

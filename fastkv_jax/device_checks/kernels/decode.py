@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import kernels_pallas
-from fastkv_jax.device_checks.kernels.inputs import FLOAT8, Drawn, check_float8, choice, ours, theirs
+from fastkv_jax.benchmarks.kernel_cases import FLOAT8
+from fastkv_jax.device_checks.kernels.inputs import Drawn, check_float8, choice, ours, theirs
 from fastkv_jax.device_checks.results import Check, Outcome, within
 from fastkv_jax.device_checks.tolerances import OF_DTYPE, apart
 from kernels_pallas import Slots
@@ -68,6 +69,7 @@ def cases(platform: str, quick: bool) -> list[Case]:
             Case(1, heads, 4, long // 2, 128, "float32", "int8"),
             Case(3, heads, 4, long // 2, 128, "float32"),
         ]
+        found += [Case(1, heads, 4, long // 2, 128, "float16", "int8")] * (platform != "tpu")
         found += [Case(2, heads, 4, long // 4, 128, "float16", poison=1e4)] * (platform != "tpu")
     return found
 
@@ -78,7 +80,8 @@ def _run(case: Case, platform: str) -> Outcome:
         check_float8(platform)
     given = *_inputs(case), (jnp.int32(1), jnp.int32(0))
     mine = ours(partial(kernels_pallas.decode_attention, **choice(platform)), platform, *given)
-    return within(apart(mine, theirs(kernels_pallas.decode_attention, *given)), OF_DTYPE[case.dtype])
+    mixed = "bfloat16" if case.cache and case.dtype == "float16" else case.dtype
+    return within(apart(mine, theirs(kernels_pallas.decode_attention, *given)), OF_DTYPE[mixed])
 
 
 def _inputs(case: Case) -> tuple[np.ndarray, Slots, Slots, np.ndarray]:

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fastkv_jax.benchmarks.kernel_cases import has_float8
 from fastkv_jax.device_checks.results import Missing
 
-FLOAT8 = "float8_e4m3fn"
 QUICKLY = {"xla_backend_optimization_level": 0}  # interpreted kernels are long programs that run for milliseconds
 
 
@@ -53,6 +53,6 @@ def _exact(a: Any) -> Any:
 
 def check_float8(platform: str) -> None:
     """Raise `Missing` where the device has no float8_e4m3fn."""
-    capability = getattr(jax.local_devices()[0], "compute_capability", None)
-    if platform == "gpu" and capability is not None and float(capability) < 8.9:
+    if not has_float8(platform):
+        capability = jax.local_devices()[0].compute_capability
         raise Missing(f"float8_e4m3fn needs compute capability 8.9, this device has {capability}")
