@@ -14,9 +14,10 @@ import jax
 import numpy as np
 
 from fastkv_jax import checkpoint
+from fastkv_jax.benchmarks.kernel_cases import FLOAT8
 from fastkv_jax.buckets import pad_batch
 from fastkv_jax.decoding.loop import generate
-from fastkv_jax.device_checks.kernels.inputs import FLOAT8, check_float8
+from fastkv_jax.device_checks.kernels.inputs import check_float8
 from fastkv_jax.device_checks.results import WRONG, Check, Missing, Outcome, within
 from fastkv_jax.device_checks.tolerances import LEAST_COMMON, LOGITS, LOGITS_BFLOAT16
 from fastkv_jax.methods import METHODS, Method
