@@ -20,7 +20,7 @@ def test_an_accelerator_gets_the_paper_s_model_and_a_smaller_one_in_a_hurry():
 
 
 def test_a_model_that_does_not_fit_is_not_made(monkeypatch):
-    """16 GB of weights, and 15 while they are drawn, or more where a full cache of 131,072 tokens and temporaries are."""
+    """16 GB of weights, and 15 while they are drawn, or more for a full cache of 131,072 tokens and temporaries."""
     monkeypatch.setattr(model_speed, "_model", lambda *_: pytest.fail("a model was made"))
     monkeypatch.setattr(device, "memory", lambda: int(16e9))
     needs = []
